@@ -1,0 +1,72 @@
+"""What can go wrong, and the exit code it ends with.
+
+Every error that a user can cause is an `LlmoptError`: it says *what* failed, *where*, and *what to do*. The command
+line prints it without a traceback; anything else that escapes is a defect of llmopt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The exit status of every command; stable, so that makefiles and pipelines can rely on it."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    UNMET = 3
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class LlmoptError(Exception):
+    """Something that was asked for could not be done.
+
+    Args:
+        what: one sentence, without a final stop, naming the thing that failed.
+        where: the file, layer, pass or value at fault, and the figures that show it; one or several lines.
+        hint: an action that the user can take.
+    """
+
+    exit_code: ExitCode = ExitCode.FAILED
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """Render as the terminal shows it, without colour."""
+        lines = [f"error: {self.what}"]
+        if self.where:
+            lines += [f"  {line}" for line in self.where.splitlines()]
+        if self.hint:
+            lines.append(f"hint: {self.hint}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, object]:
+        """Render for `--json`."""
+        return {"error": self.what, "where": self.where, "hint": self.hint, "exit_code": int(self.exit_code)}
+
+
+class UsageError(LlmoptError):
+    """Bad usage or a bad recipe: refused before any work was done (exit 2)."""
+
+    exit_code = ExitCode.USAGE
+
+
+class UnmetError(LlmoptError):
+    """A verification or a gate was not met (exit 3)."""
+
+    exit_code = ExitCode.UNMET
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint for a misspelt `name`: the closest of the `known` names, or all of them."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean `{close[0]}`?" if close else f"known: {', '.join(names)}"

@@ -1,0 +1,90 @@
+"""The contract of an exporter. One file in exporters/, one class, one line in the registry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+
+from .facts import ModelFacts
+from .model import ModelHandle
+from .params import Params
+from .progress import Reporter, Silent
+from .quantized import Grid
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .quantized import QuantizedWeight
+
+P = TypeVar("P", bound=Params)
+
+
+class ExportableModel(ModelHandle, Protocol):
+    """What an exporter may ask of a model beyond its tensors."""
+
+    @property
+    def quantized(self) -> Mapping[str, Grid]:
+        """The quantized layers by checkpoint name (without `.weight`), and the grid of each."""
+        ...
+
+    def quantized_weight(self, name: str) -> QuantizedWeight:
+        """Read one quantized layer from disk."""
+        ...
+
+    def materialize(self, dtype: str = "float32") -> Any:
+        """Return the transformers model, whole, in memory, quantized weights dequantized, in eval mode."""
+        ...
+
+    def save_side_files(self, directory: Path, *, config_changes: Mapping[str, Any] | None = None) -> None:
+        """Write config.json (with changes), generation config, tokenizer and processor files."""
+        ...
+
+
+@dataclass(slots=True)
+class ExportResult:
+    """What an exporter wrote: notes are sentences for the user and the manifest."""
+
+    notes: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True, slots=True)
+class ExportContext:
+    """What an exporter may use beside the model."""
+
+    reporter: Reporter = field(default_factory=Silent)
+
+
+class Exporter(Generic[P]):
+    """A format."""
+
+    name: ClassVar[str]
+    runtime: ClassVar[str]
+    """The entry of runtimes/ that opens the artifact for verification."""
+    Params: ClassVar[type[Params]]
+
+    def __init__(self, params: P) -> None:
+        self.params = params
+
+    def check(self, facts: ModelFacts, grid: Grid | None) -> None:
+        """Refuse what the format or its runtime cannot hold, from the outline alone.
+
+        Args:
+            facts: the model's outline.
+            grid: the grid the passes put weights on, None for a floating-point model.
+
+        Raises:
+            UsageError: with the nearest that can.
+        """
+
+    def export(self, model: ExportableModel, directory: Path, context: ExportContext) -> ExportResult:
+        """Write the artifact's files into `directory`, which exists and is empty."""
+        raise NotImplementedError
+
+    def weights_equal(self, model: ExportableModel, directory: Path) -> bool | None:
+        """Read the artifact back and compare every quantized weight with the model's, bit for bit.
+
+        Returns:
+            None when nothing in the artifact is quantized.
+        """
+        raise NotImplementedError

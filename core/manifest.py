@@ -1,0 +1,77 @@
+"""`llmopt.json`: what an artifact is made of, and how that was proved. No times: the same build gives the same bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+MANIFEST = "llmopt.json"
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """A file of the artifact."""
+
+    bytes: int
+    sha256: str
+
+
+class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a pass did."""
+
+    name: str
+    params: dict[str, Any]
+    changed: list[str]
+    skipped: list[tuple[str, str]]
+    metrics: dict[str, float]
+    notes: list[str]
+
+
+class Parity(msgspec.Struct, frozen=True, kw_only=True):
+    """How near an artifact, opened in its own runtime, is to the model that was exported.
+
+    Attributes:
+        runtime: what opened it, with its version.
+        samples: what was compared: "held-out calibration text", "random token ids"…
+        positions: number of output rows compared.
+        weights_equal: whether every code and scale read back was equal bit for bit; None when the format keeps none.
+        max_difference: largest absolute difference of an output value.
+        mean_kl: mean Kullback-Leibler divergence, nats a position; None where outputs are no logits.
+        top1_agreement: share of positions with the same largest logit.
+        tolerance: the limits that were applied, by name of the figure.
+        passed: whether all figures are within their limits.
+    """
+
+    runtime: str
+    samples: str
+    positions: int
+    weights_equal: bool | None
+    max_difference: float
+    mean_kl: float | None
+    top1_agreement: float | None
+    tolerance: dict[str, float]
+    passed: bool
+
+
+class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """An export and its verification."""
+
+    name: str
+    directory: str
+    params: dict[str, Any]
+    notes: list[str]
+    verification: Parity | None
+    files: dict[str, FileRecord]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole record."""
+
+    llmopt: str
+    recipe: dict[str, Any]
+    seed: int
+    source: dict[str, Any]
+    calibration: dict[str, Any] | None
+    versions: dict[str, str]
+    passes: list[PassRecord]
+    exports: list[ExportRecord]

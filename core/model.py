@@ -1,0 +1,106 @@
+"""What a pass may ask of a model. `models/` implements it; passes know nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from .facts import ModelFacts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .quantized import QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer of a block, whatever module class holds it: Linear, Conv1D, a part of a fused or stacked weight.
+
+    Attributes:
+        name: the checkpoint's name of its weight, without `.weight`.
+        out_features: rows of its weight.
+        in_features: columns of its weight.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Linear layers that multiply the same input, so that one set of statistics serves them all."""
+
+    linears: tuple[Linear, ...]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the shared input."""
+        return self.linears[0].in_features
+
+
+Stage = tuple[Product, ...]
+"""Products that may be worked on together: none of them feeds another."""
+
+
+class Block(Protocol):
+    """One of the repeated blocks, its weights in memory as float32 for as long as it is worked on."""
+
+    @property
+    def name(self) -> str:
+        """The module's path, such as `model.layers.3`."""
+        ...
+
+    @property
+    def linears(self) -> Sequence[Linear]:
+        """The linear layers of the block."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """The dtype in which the block's weights are stored, and so the dtype of scales: "float32", "bfloat16"…"""
+        ...
+
+    def weight(self, linear: Linear) -> Tensor:
+        """Return the current weight, (out_features, in_features) float32; not to be written to."""
+        ...
+
+    def quantize(self, linear: Linear, weight: QuantizedWeight) -> None:
+        """Make `weight` the layer's weight: from now on the block computes with `weight.dequantize()`."""
+        ...
+
+    def stages(self) -> list[Stage]:
+        """Return the block's products in the order in which the forward pass reaches them."""
+        ...
+
+    def collect(self, stage: Stage, receive: Callable[[Product, Tensor], None]) -> None:
+        """Run the calibration samples as far as `stage`, with all that was quantized so far.
+
+        Args:
+            stage: one of `stages()`.
+            receive: called for each sample and product with its input, (tokens, in_features) float32; padding never
+                appears in it.
+
+        Raises:
+            LlmoptError: an input holds NaN or Inf; it names the layer.
+        """
+        ...
+
+
+class ModelHandle(Protocol):
+    """A model on its way through the passes. Weights stay on disk until they are asked for."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The outline, as the passes so far have left it."""
+        ...
+
+    def cast(self, dtype: str) -> ModelHandle:
+        """Return the model with all floating-point weights stored in `dtype`."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        """Yield every weight once, under its checkpoint name (a quantized one without `.weight`), block by block."""
+        ...

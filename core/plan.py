@@ -1,0 +1,64 @@
+"""What a recipe will do to one model, worked out before anything heavy is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from .facts import ModelFacts
+from .recipe import Recipe
+
+
+class PlanStep(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of the plan.
+
+    Attributes:
+        kind: "pass", "sweep" (several block passes together), "export" or "verify".
+        title: the pass or export, or the passes of a sweep joined by " + ".
+        detail: its parameters and what it covers, in words.
+    """
+
+    kind: str
+    title: str
+    detail: str
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """The checked plan.
+
+    Attributes:
+        recipe: what was asked for.
+        facts: the source model's outline.
+        steps: what will be done, in order.
+        skips: (name, reason) of what will be left out.
+        peak_bytes: estimated peak memory in bytes, beside the interpreter and its libraries.
+        output_bytes: estimated size of all exports together.
+    """
+
+    recipe: Recipe
+    facts: ModelFacts
+    steps: tuple[PlanStep, ...]
+    skips: tuple[tuple[str, str], ...]
+    peak_bytes: int
+    output_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Render for `--json`; the layers are counted, not listed."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "model": {
+                "source": self.facts.source,
+                "architecture": self.facts.architecture,
+                "model_type": self.facts.model_type,
+                "dtype": self.facts.dtype,
+                "parameters": self.facts.parameters,
+                "bytes": self.facts.bytes,
+                "blocks": self.facts.blocks,
+                "linears": len(self.facts.linears),
+            },
+            "steps": [msgspec.to_builtins(step) for step in self.steps],
+            "skips": [list(skip) for skip in self.skips],
+            "peak_bytes": self.peak_bytes,
+            "output_bytes": self.output_bytes,
+        }

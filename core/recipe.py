@@ -1,0 +1,68 @@
+"""A recipe: which model, which passes in which order, which exports. Plain data, checked, and nothing more."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from .params import Params
+
+
+class ModelSpec(Params):
+    """Where the model comes from."""
+
+    id: Annotated[str, Meta(description="A local folder or a hub id.")]
+    revision: Annotated[str | None, Meta(description="Branch, tag or commit on the hub.")] = None
+    trust_remote_code: Annotated[bool, Meta(description="Run Python code that comes with the model.")] = False
+
+
+class CalibrationSpec(Params):
+    """Text that the statistics of the passes are taken from."""
+
+    data: Annotated[
+        str,
+        Meta(description="A .txt, .jsonl, .csv or .parquet file, or hf:NAME[/CONFIG][:SPLIT] through `datasets`."),
+    ]
+    column: Annotated[str | None, Meta(description="The column that holds the text.")] = None
+    samples: Annotated[int, Meta(ge=1, description="How many samples to use.")] = 128
+    length: Annotated[int, Meta(ge=2, description="Tokens in a sample.")] = 512
+    packing: Annotated[
+        bool,
+        Meta(description="Pack texts into full windows; otherwise one text is one sample, cut at `length`."),
+    ] = True
+
+
+class Step(msgspec.Struct, frozen=True):
+    """A pass or an export with its raw parameters: in a recipe `- gptq: {bits: 4}`, or just `- gptq`."""
+
+    name: str
+    params: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+    """What `llmopt run` executes; every one-shot command builds one."""
+
+    model: ModelSpec
+    calibration: CalibrationSpec | None = None
+    passes: tuple[Step, ...] = ()
+    exports: tuple[Step, ...] = ()
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Render as plain data in the order in which people write it; what is at its default is left out."""
+        data: dict[str, Any] = {}
+        model = msgspec.to_builtins(self.model)
+        data["model"] = self.model.id if self.model == ModelSpec(id=self.model.id) else _without_none(model)
+        if self.calibration is not None:
+            data["calibration"] = _without_none(msgspec.to_builtins(self.calibration))
+        data["passes"] = [{step.name: step.params} if step.params else step.name for step in self.passes]
+        data["exports"] = [{step.name: step.params} if step.params else step.name for step in self.exports]
+        if self.seed:
+            data["seed"] = self.seed
+        return data
+
+
+def _without_none(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if value is not None}

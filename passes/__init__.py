@@ -1,0 +1,18 @@
+"""Passes: one file for each. passes/numerics/ holds the pure tensor mathematics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.passes import Pass
+from ..core.registry import Registry
+
+PASSES: Registry[Pass[Any]] = Registry(
+    "pass",
+    __name__,
+    {
+        "cast": "cast:Cast",
+        "gptq": "gptq:Gptq",
+        "rtn": "rtn:Rtn",
+    },
+)

@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: no model, no file, no terminal."""

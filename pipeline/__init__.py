@@ -1,0 +1,1 @@
+"""Recipe (parse) -> plan (check, estimate) -> run (execute, export, verify)."""
