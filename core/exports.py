@@ -15,6 +15,8 @@ from .quantized import Grid
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import Tensor
+
     from .quantized import QuantizedWeight
 
 P = TypeVar("P", bound=Params)
@@ -30,6 +32,18 @@ class ExportableModel(ModelHandle, Protocol):
 
     def quantized_weight(self, name: str) -> QuantizedWeight:
         """Read one quantized layer from disk."""
+        ...
+
+    def tensor_specs(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Return dtype ("float32") and shape of every checkpoint tensor as it will be stored in floating point."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """Return one checkpoint tensor, dequantized where a pass has quantized it."""
+        ...
+
+    def linear_modules(self) -> Mapping[str, str | None]:
+        """Return the model's linear modules: module path to checkpoint name, None for one tied to another tensor."""
         ...
 
     def materialize(self, dtype: str = "float32") -> Any:

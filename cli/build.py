@@ -1,0 +1,105 @@
+"""From a recipe to an artifact: what quantize, export, run and plan share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.errors import UsageError, nearest
+from ..core.recipe import Recipe, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .render import Screen
+
+DEFAULT_EXPORT = "safetensors"
+
+
+def exports(written: Iterable[str]) -> tuple[Step, ...]:
+    """Read `--export NAME[:KEY=VALUE,...]`.
+
+    Raises:
+        UsageError: an unknown exporter or parameter, a bad value.
+    """
+    from ..exporters import EXPORTERS
+    from .options import parse_pairs
+
+    steps: list[Step] = []
+    for text in written:
+        name, colon, pairs = text.partition(":")
+        exporter = EXPORTERS.load(name, where=f"--export {text}")
+        params = parse_pairs(pairs, exporter.Params, where=f"--export {name}") if colon else {}
+        steps.append(Step(name, params))
+    return tuple(steps)
+
+
+def execute(
+    recipe: Recipe,
+    output: Path | None,
+    screen: Screen,
+    *,
+    dry_run: bool = False,
+    save_recipe: Path | None = None,
+    force: bool = False,
+    notes: Iterable[str] = (),
+) -> None:
+    """Check a recipe, and unless it is a dry run, carry it out and show what was made.
+
+    `notes` are said once the recipe is known to work.
+
+    Raises:
+        UsageError: the recipe cannot work, or no output was named.
+    """
+    from ..pipeline.plan import make_plan
+    from ..pipeline.recipe import dump_recipe
+    from .views import manifest_sections, plan_sections
+
+    if output is None and not dry_run:
+        raise UsageError("no output folder given", hint="name one with -o DIR, or use --dry-run to see the plan")
+    plan = make_plan(recipe)
+    for note in notes:
+        screen.reporter.note(note)
+    if save_recipe is not None:
+        dump_recipe(recipe, save_recipe)
+        screen.reporter.note(f"recipe written to {save_recipe}")
+    if output is None or dry_run:
+        screen.show(plan_sections(plan), plan.to_dict())
+        return
+    from ..pipeline.run import run_plan
+
+    manifest = run_plan(plan, output, force=force, reporter=screen.reporter)
+    import msgspec
+
+    document = {"directory": str(output), **msgspec.to_builtins(manifest)}
+    screen.show(manifest_sections(manifest, output, source_bytes=plan.facts.bytes), document, summary=True)
+
+
+def default_output(recipe: Path) -> Path:
+    """Return the folder that `llmopt run` writes when none is named: the recipe's name, in the current folder.
+
+    Raises:
+        UsageError: the recipe's name has no ending to take off.
+    """
+    folder = Path(recipe.stem)
+    if folder.name == recipe.name:
+        raise UsageError(f"no output folder given for {recipe}", hint="name one with -o DIR")
+    return folder
+
+
+def parse_scheme(scheme: str) -> int:
+    """Return the bits of a weight in a scheme such as `w4a16`.
+
+    Raises:
+        UsageError: an unknown scheme; the hint names the known.
+    """
+    from ..core.quantized import BITS
+
+    known = {f"w{bits}a16": bits for bits in BITS}
+    if scheme not in known:
+        raise UsageError(
+            f"unknown scheme `{scheme}`",
+            where="a scheme is w<bits of a weight>a<bits of an activation>, 16 being floating point",
+            hint=nearest(scheme, known) if scheme.endswith("a16") else f"known: {', '.join(known)}",
+        )
+    return known[scheme]

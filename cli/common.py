@@ -1,0 +1,82 @@
+"""Options that several commands have, declared once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..core.errors import UsageError
+
+if TYPE_CHECKING:
+    from .render import Screen
+
+_OUTPUT = "Output"
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML; `llmopt schema` describes it.")]
+Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact: a folder with llmopt.json.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a hub id.")]
+ModelOrArtifact = Annotated[str, typer.Argument(metavar="PATH", help="A model folder, a hub id or an artifact.")]
+TextSpec = Annotated[
+    str,
+    typer.Option(metavar="SPEC", help="A .txt, .jsonl, .csv or .parquet file, or hf:NAME[/CONFIG][:SPLIT]. Required."),
+]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors: no progress, no notes, no summary.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More progress, and tracebacks of errors.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="DIR", help="The folder to write. It must not exist.", rich_help_panel=_OUTPUT
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace DIR when it exists, once everything is done.", rich_help_panel=_OUTPUT),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.", rich_help_panel=_OUTPUT)]
+SaveRecipe = Annotated[
+    Path | None,
+    typer.Option("--save-recipe", metavar="FILE", help="Write the recipe as YAML too.", rich_help_panel=_OUTPUT),
+]
+Export = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--export",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="A format to write, with its parameters; `llmopt passes` lists them.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random. [default: 0]", min=0)]
+
+
+def open_screen(*, json: bool, quiet: bool, verbose: bool) -> Screen:
+    """Return where the command shows its results, and keep libraries from writing beside it.
+
+    Raises:
+        UsageError: quiet and verbose at once.
+    """
+    from .render import Screen
+
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose exclude each other")
+    if not verbose:
+        _hush_libraries(bars=not quiet and sys.stderr.isatty())
+    return Screen(json=json, quiet=quiet, verbose=verbose)
+
+
+def _hush_libraries(*, bars: bool) -> None:
+    """Turn off what libraries log and warn of; they read these variables when they are imported."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not bars:  # a download is the one thing that may show a bar of its own
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore")

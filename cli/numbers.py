@@ -1,0 +1,94 @@
+"""Numbers as people read them: four significant digits, binary sizes, percent, minutes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+_SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
+_COUNTS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def number(value: float) -> str:
+    """Return four significant digits, without an exponent where one can do without."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if not -3 <= exponent <= 8:
+        return f"{value:.3g}"
+    text = f"{value:,.{max(0, 3 - exponent)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in KiB, MiB, GiB."""
+    value, unit = float(count), 0
+    while abs(value) >= 1024 and unit < len(_SIZES) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{count:.0f} B" if unit == 0 else f"{number(value)} {_SIZES[unit]}"
+
+
+def share(value: float) -> str:
+    """Return a share of one in percent."""
+    return f"{number(100 * value)} %"
+
+
+def count(value: int) -> str:
+    """Return a large count with k, M or G."""
+    for factor, unit in _COUNTS:
+        if value >= factor:
+            return f"{number(value / factor)} {unit}"
+    return str(value)
+
+
+def seconds(value: float) -> str:
+    """Return a duration."""
+    if value < 9.95:
+        return f"{value:.2f} s" if value < 0.995 else f"{value:.1f} s"
+    whole = round(value)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+_BY_ENDING = (
+    ("_bytes", size),
+    ("bytes", size),
+    ("_seconds", seconds),
+    ("seconds", seconds),
+    ("_share", share),
+    ("agreement", share),
+    ("_ms", lambda value: f"{number(value)} ms"),
+    ("per_second", lambda value: f"{number(value)}/s"),
+)
+
+
+def labelled(name: str, value: Any) -> tuple[str, str]:
+    """Return a label and a text for one entry of a report; the unit is the end of its name."""
+    label = name.replace("_", " ").removesuffix(" bytes").removesuffix(" seconds").removesuffix(" ms")
+    label = label.removesuffix(" per second").removesuffix(" share")
+    return label, plain(name, value)
+
+
+def plain(name: str, value: Any) -> str:
+    """Return the text of a value whose name tells its unit."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)):
+        for ending, write in _BY_ENDING:
+            if name.endswith(ending):
+                return write(value)
+        return number(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(plain("", item) for item in value) or "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(key, item)}" for key, item in value.items()) or "-"
+    return str(value)

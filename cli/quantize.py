@@ -1,0 +1,116 @@
+"""`llmopt quantize`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..core.errors import UsageError
+from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
+from ..passes import PASSES
+from .build import DEFAULT_EXPORT, execute, exports, parse_scheme
+from .common import DryRun, Export, Force, Json, ModelArgument, Output, Quiet, SaveRecipe, Seed, Verbose, open_screen
+from .options import Options, Source, refuse_foreign, with_options
+
+METHODS = ("gptq", "rtn")
+_QUANTIZATION, _CALIBRATION, _MODEL = "Quantization", "Calibration", "Model"
+
+
+def _method_source(name: str) -> Source:
+    # The bits come from --scheme.
+    return Source(name, PASSES.load(name).Params, frozenset({"bits"}), _QUANTIZATION, always=False)
+
+
+@with_options(
+    *(_method_source(name) for name in METHODS),
+    Source("calibration", CalibrationSpec, frozenset({"data"}), _CALIBRATION),
+    Source("model", ModelSpec, frozenset({"id"}), _MODEL),
+)
+def command(
+    model: ModelArgument,
+    *,
+    output: Output = None,
+    scheme: Annotated[
+        str,
+        typer.Option(
+            metavar="wBITSa16",
+            help="Bits of a weight and of an activation, where 16 stands for floating point. [default: w4a16]",
+            rich_help_panel=_QUANTIZATION,
+        ),
+    ] = "w4a16",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(METHODS),
+            help="How codes are chosen: rtn rounds each weight to the nearest, gptq makes up for the error of one "
+            "weight with the next and needs --calibration. [default: gptq with --calibration, else rtn]",
+            rich_help_panel=_QUANTIZATION,
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Text that the model will see much of: a .txt, .jsonl, .csv or .parquet file, or "
+            "hf:NAME[/CONFIG][:SPLIT].",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = None,
+    export: Export = None,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    save_recipe: SaveRecipe = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: Options,
+) -> None:
+    """Quantize a model's weights and export it.
+
+    The weights become integers with scales. Each artifact is opened again in the runtime it is for and compared with
+    the quantized model; an artifact that is not the model is no result (exit 3). One export is written into DIR itself,
+    several into DIR/EXPORT/.
+
+        llmopt quantize ./my-llama -o my-llama-int4 --calibration wiki.txt --export onnx-genai
+    """
+    screen = open_screen(json=json, quiet=quiet, verbose=verbose)
+    bits = parse_scheme(scheme)
+    chosen = _choose(method, calibrated=calibration is not None)
+    refuse_foreign(options, chosen, METHODS, kind="--method")
+    if calibration is None and options["calibration"]:
+        name = next(iter(options["calibration"])).replace("_", "-")
+        raise UsageError(f"--{name} needs calibration data", hint="name it with --calibration SPEC")
+    hint = "no --calibration: rounding to nearest; with calibration data gptq loses less"
+    recipe = Recipe(
+        model=ModelSpec(id=model, **options["model"]),
+        calibration=None if calibration is None else CalibrationSpec(data=calibration, **options["calibration"]),
+        passes=(Step(chosen, {"bits": bits, **options[chosen]}),),
+        exports=exports(export or [DEFAULT_EXPORT]),
+        seed=seed,
+    )
+    execute(
+        recipe,
+        output,
+        screen,
+        dry_run=dry_run,
+        save_recipe=save_recipe,
+        force=force,
+        notes=() if method or calibration else (hint,),
+    )
+
+
+def _choose(method: str | None, *, calibrated: bool) -> str:
+    """Return the method.
+
+    Raises:
+        UsageError: an unknown one, or gptq without calibration data.
+    """
+    if method is None:
+        return "gptq" if calibrated else "rtn"
+    if method not in METHODS:
+        raise UsageError(f"unknown method `{method}`", hint=f"known: {', '.join(METHODS)}")
+    if method == "gptq" and not calibrated:
+        raise UsageError("--method gptq needs calibration data", hint="name it with --calibration SPEC, or use rtn")
+    return method

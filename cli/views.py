@@ -1,0 +1,175 @@
+"""Results as sections: what a command shows, in which order and words. Pure; `render` draws it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .numbers import count, labelled, number, plain, share, size
+from .parameters import value_text
+from .render import Lines, Pairs, Section, Table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..core.manifest import ExportRecord, Manifest, PassRecord
+    from ..core.plan import Plan
+
+_LOAD = {
+    "safetensors": 'transformers.AutoModel.from_pretrained("{path}")',
+    "onnx": 'onnxruntime.InferenceSession("{path}/model.onnx")',
+    "onnx-genai": 'onnxruntime_genai.Model("{path}")',
+}
+
+
+def plan_sections(plan: Plan) -> list[Section]:
+    """Show what a recipe will do."""
+    facts = plan.facts
+    model = [
+        ("source", facts.source),
+        ("architecture", facts.architecture or facts.model_type),
+        ("parameters", f"{count(facts.parameters)}, {facts.dtype}, {size(facts.bytes)}"),
+        ("blocks", f"{facts.blocks}, with {len(facts.linears)} linear layers"),
+    ]
+    if plan.recipe.calibration is not None:
+        spec = plan.recipe.calibration
+        model.append(("calibration", f"{spec.data}, {spec.samples} samples of {spec.length} tokens"))
+    steps = [(str(index), step.kind, step.title, step.detail) for index, step in enumerate(plan.steps, 1)]
+    sections: list[Section] = [
+        Pairs("Model", model),
+        Table("Steps", ("", "kind", "what", "detail"), steps, frozenset({0})),
+    ]
+    if plan.skips:
+        sections.append(Lines("Left out", _skips(plan.skips)))
+    estimates = [
+        ("peak memory", f"{size(plan.peak_bytes)}, beside the interpreter and its libraries"),
+        ("output", f"{size(plan.output_bytes)}{_of(plan.output_bytes, facts.bytes)}"),
+    ]
+    return [*sections, Pairs("Estimates", estimates)]
+
+
+def manifest_sections(manifest: Manifest, directory: Path, *, source_bytes: int) -> list[Section]:
+    """Show what was made, how far it is the model, and where it lies."""
+    sections: list[Section] = []
+    if manifest.passes:
+        sections.append(_passes(manifest.passes))
+    remarks = [f"{record.name}: {note}" for record in manifest.passes for note in record.notes]
+    remarks += [
+        f"{record.name}: left {line}" for record in manifest.passes for line in _skips(record.skipped) if record.skipped
+    ]
+    remarks += [f"{record.name}: {note}" for record in manifest.exports for note in record.notes]
+    if remarks:
+        sections.append(Lines("Notes", remarks))
+    sections += export_sections(manifest.exports, directory, source_bytes=source_bytes)
+    calls = [_load(record, directory, manifest) for record in manifest.exports]
+    return [*sections, Lines("To load it", [call for call in calls if call], code=True)]
+
+
+def export_sections(
+    records: Sequence[ExportRecord], directory: Path, *, source_bytes: int | None = None
+) -> list[Section]:
+    """Show the artifacts and how each was verified."""
+    rows: list[tuple[str, ...]] = []
+    for record in records:
+        folder = str(directory / record.directory)
+        written = sum(file.bytes for file in record.files.values())
+        of_source = _of(written, source_bytes) if source_bytes else ""
+        rows.append((record.name, folder, str(len(record.files)), f"{size(written)}{of_source}"))
+    sections: list[Section] = [Table("Artifacts", ("export", "folder", "files", "size"), rows, frozenset({2}))]
+    checked = [_verification(record) for record in records]
+    header = ("export", "opened with", "weights", "max diff", "mean KL", "top-1", "positions")
+    sections.append(Table("Verified", header, checked, frozenset({3, 4, 5, 6})))
+    return sections
+
+
+def _passes(records: Sequence[PassRecord]) -> Table:
+    rows = []
+    for record in records:
+        metrics = ", ".join(" ".join(labelled(name, value)) for name, value in record.metrics.items())
+        params = ", ".join(f"{name} {value_text(value)}" for name, value in record.params.items() if value_text(value))
+        rows.append((record.name, str(len(record.changed)), str(len(record.skipped)), params, metrics or "-"))
+    return Table("Passes", ("pass", "changed", "skipped", "parameters", "metrics"), rows, frozenset({1, 2}))
+
+
+def _verification(record: ExportRecord) -> tuple[str, ...]:
+    parity = record.verification
+    if parity is None:
+        return (record.name, "not verified", "-", "-", "-", "-", "-")
+    weights = {None: "-", True: "equal", False: "DIFFER"}[parity.weights_equal]
+    return (
+        record.name,
+        parity.runtime,
+        weights,
+        number(parity.max_difference),
+        "-" if parity.mean_kl is None else number(parity.mean_kl),
+        "-" if parity.top1_agreement is None else share(parity.top1_agreement),
+        str(parity.positions),
+    )
+
+
+def _load(record: ExportRecord, directory: Path, manifest: Manifest) -> str:
+    call = _LOAD.get(record.name, "")
+    architecture = str(manifest.source.get("architecture", ""))
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        call = call.replace("AutoModel", "AutoModelForCausalLM")
+    return call.format(path=(directory / record.directory).as_posix())
+
+
+def _skips(skips: Iterable[tuple[str, str]]) -> list[str]:
+    """Count by reason, and name the first few."""
+    names: dict[str, list[str]] = {}
+    for name, reason in skips:
+        names.setdefault(reason, []).append(name)
+    tally = Counter({reason: len(group) for reason, group in names.items()})
+    lines = []
+    for reason, amount in tally.most_common():
+        shown = ", ".join(names[reason][:3]) + (f" and {amount - 3} more" if amount > 3 else "")
+        lines.append(f"{shown}: {reason}")
+    return lines
+
+
+def _of(part: int, whole: int) -> str:
+    return f" ({share(round(part / whole, 3))} of the source)" if whole else ""
+
+
+def report_sections(report: Mapping[str, Any], title: str = "") -> list[Section]:
+    """Show a report of any shape: single values first, then each nested one under its name.
+
+    The end of a name tells its unit (`load_seconds`, `size_bytes`); a list of mappings becomes a table.
+    """
+    single = [labelled(name, value) for name, value in report.items() if not _is_nested(value)]
+    sections: list[Section] = [Pairs(title, single)] if single else []
+    for name, value in report.items():
+        heading = name.replace("_", " ").capitalize()
+        if not _is_nested(value):
+            continue
+        if isinstance(value, Mapping):
+            sections += _mapping(value, heading)
+        else:
+            sections.append(_records(value, heading))
+    return sections
+
+
+def _mapping(value: Mapping[str, Any], heading: str) -> list[Section]:
+    if all(isinstance(item, Mapping) for item in value.values()):
+        return [_records([{"": name, **item} for name, item in value.items()], heading)]
+    return report_sections(value, heading)
+
+
+def _is_nested(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value)
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _records(records: Sequence[Mapping[str, Any]], heading: str) -> Table:
+    names = list(dict.fromkeys(name for record in records for name in record))
+    rows = [[plain(name, record.get(name)) for name in names] for record in records]
+    right = {
+        index
+        for index, name in enumerate(names)
+        if all(isinstance(record.get(name), (int, float)) or record.get(name) is None for record in records)
+        and not any(isinstance(record.get(name), bool) for record in records)
+    }
+    return Table(heading, tuple(labelled(name, None)[0] for name in names), rows, frozenset(right))

@@ -1,0 +1,114 @@
+"""How near two forms of one model are: differences of outputs, and of the distributions that logits stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..core.manifest import Parity
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Limits of a comparison; None leaves a figure unlimited.
+
+    Attributes:
+        max_difference: largest absolute difference of an output, as a share of the largest reference value where that
+            is above 1.
+        mean_kl: mean Kullback-Leibler divergence, nats a position.
+    """
+
+    max_difference: float | None = None
+    mean_kl: float | None = None
+
+    def to_dict(self) -> dict[str, float]:
+        """Render the limits that are set."""
+        named = {"max_difference": self.max_difference, "mean_kl": self.mean_kl}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+class Comparison:
+    """Accumulates the differences of batches of outputs."""
+
+    def __init__(self) -> None:
+        self.positions = 0
+        self.largest = 0.0
+        self.scale = 1.0
+        self.finite = True
+        self._kl = 0.0
+        self._agree = 0
+        self._logits = 0
+
+    def add(self, reference: Mapping[str, Array], other: Mapping[str, Array]) -> None:
+        """Compare one batch.
+
+        Args:
+            reference: outputs by name, from the model that was exported.
+            other: those of the artifact; every name it shares with the reference is compared.
+        """
+        import numpy as np
+
+        shared = [name for name in reference if name in other]
+        for name in shared:
+            expected, got = reference[name].astype(np.float64), other[name].astype(np.float64)
+            if expected.shape != got.shape:
+                raise ValueError(f"{name}: {expected.shape} against {got.shape}")
+            self.finite &= bool(np.isfinite(got).all())
+            self.largest = max(self.largest, float(np.abs(expected - got).max(initial=0)))
+            self.scale = max(self.scale, float(np.abs(expected).max(initial=0)))
+        if "logits" in shared:
+            self._add_logits(reference["logits"], other["logits"])
+        elif shared:
+            self.positions += int(reference[shared[0]].shape[0])
+
+    def _add_logits(self, expected: Array, got: Array) -> None:
+        expected, got = expected.reshape(-1, expected.shape[-1]), got.reshape(-1, got.shape[-1])
+        self._kl += float(kl_divergence(expected, got).sum())
+        self._agree += int((expected.argmax(-1) == got.argmax(-1)).sum())
+        self._logits += expected.shape[0]
+        self.positions += expected.shape[0]
+
+    def result(
+        self, *, runtime: str, samples: str, weights_equal: bool | None, tolerance: Tolerance
+    ) -> Parity:
+        """Return the figures and whether all are within `tolerance`."""
+        kl = self._kl / self._logits if self._logits else None
+        passed = self.finite and self.positions > 0 and weights_equal is not False
+        if tolerance.max_difference is not None:
+            passed &= self.largest <= tolerance.max_difference * self.scale
+        if tolerance.mean_kl is not None and kl is not None:
+            passed &= kl <= tolerance.mean_kl
+        return Parity(
+            runtime=runtime,
+            samples=samples,
+            positions=self.positions,
+            weights_equal=weights_equal,
+            max_difference=self.largest,
+            mean_kl=kl,
+            top1_agreement=self._agree / self._logits if self._logits else None,
+            tolerance=tolerance.to_dict(),
+            passed=passed,
+        )
+
+
+def log_softmax(logits: Array) -> Array:
+    """Return log probabilities over the last axis, float64."""
+    import numpy as np
+
+    wide = logits.astype(np.float64)
+    shifted = wide - wide.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def kl_divergence(reference: Array, other: Array) -> Array:
+    """Return KL(reference || other) of two sets of logits, (positions, vocabulary), in nats a position."""
+    import numpy as np
+
+    expected = log_softmax(reference)
+    return (np.exp(expected) * (expected - log_softmax(other))).sum(-1)

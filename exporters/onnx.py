@@ -1,0 +1,157 @@
+"""ONNX: any transformers model that can be traced, for ONNX Runtime and whatever else reads ONNX.
+
+    model.onnx        the graph
+    model.onnx.data   the weights, each stored once
+    config.json, tokenizer and processor files
+
+A language model is one graph for the prompt and every later token: `past_key_values.N.key|value` (possibly empty)
+go in, `logits` and `present.N.key|value` come out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
+
+from msgspec import Meta
+
+from ..core.errors import UsageError
+from ..core.exports import ExportableModel, ExportContext, Exporter, ExportResult
+from ..core.facts import ModelFacts
+from ..core.params import Params
+from ..core.quantized import Grid
+from .onnx_codes import Activations, carry_codes, check_layout, codes_equal
+from .onnx_trace import captured, trace
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+GRAPH = "model.onnx"
+DATA = "model.onnx.data"
+
+
+class OnnxParams(Params):
+    """How the graph is made."""
+
+    cache: Annotated[
+        bool, Meta(description="Give a language model key and value caches, so that it generates token by token.")
+    ] = True
+    fuse: Annotated[
+        bool,
+        Meta(description="Use ONNX Runtime's fused operators; otherwise a float model has standard operators only."),
+    ] = True
+    activations: Annotated[
+        Activations,
+        Meta(description="What quantized products compute with: float32, or int8 (faster, slightly less exact)."),
+    ] = "int8"
+    opset: Annotated[int, Meta(ge=18, description="Version of the ONNX operators.")] | None = None
+
+
+class Onnx(Exporter[OnnxParams]):
+    """Trace the model's forward pass, put the quantized layers' codes into it, and save it for ONNX Runtime."""
+
+    name: ClassVar[str] = "onnx"
+    runtime: ClassVar[str] = "onnxruntime"
+    Params: ClassVar[type[Params]] = OnnxParams
+
+    def check(self, facts: ModelFacts, grid: Grid | None) -> None:
+        """Refuse grids without a container, and quantized experts, which the graph multiplies inside a loop.
+
+        Raises:
+            UsageError: the grid or the layers do not fit.
+        """
+        check_layout(facts, grid, format_name=self.name)
+
+    def export(self, model: ExportableModel, directory: Path, context: ExportContext) -> ExportResult:
+        """Write the graph, its weights and the model's side files.
+
+        Raises:
+            LlmoptError: the model cannot be traced, or a quantized layer is not found in the graph.
+        """
+        import onnx_ir as ir
+
+        cache = self.params.cache and model.facts.is_causal_lm
+        result = ExportResult()
+        with context.reporter.step("tracing to ONNX", 3) as step:
+            graph_model = trace(model.materialize(), cache=cache, opset=self.params.opset)
+            step.advance(detail="traced")
+            if self.params.fuse:
+                _fuse(graph_model)
+            share_transposed(graph_model)
+            result.notes += carry_codes(graph_model, model, activations=self.params.activations)
+            step.advance(detail="optimized")
+            name_nodes(graph_model)
+            ir.save(graph_model, directory / GRAPH, external_data=DATA)
+            step.advance(detail="saved")
+        model.save_side_files(directory)
+        result.notes += _notes(model.facts, cache=cache)
+        return result
+
+    def weights_equal(self, model: ExportableModel, directory: Path) -> bool | None:
+        """Compare every code, scale and zero point of the saved graph with the model's.
+
+        Returns:
+            None when the model is not quantized.
+        """
+        import onnx_ir as ir
+
+        return codes_equal(ir.load(directory / GRAPH), model) if model.quantized else None
+
+
+def _fuse(model: ir.Model) -> None:
+    with captured("onnxscript"):
+        from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+
+        fuse_for_onnxruntime(model, "cpu")
+
+
+def share_transposed(model: ir.Model) -> None:
+    """Store a tied embedding once: the head's matrix is the embedding's, transposed, as the tracer writes it twice.
+
+    ONNX Runtime transposes it again when it loads the graph, not at every run.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    tables = {
+        node.inputs[0]
+        for node in model.graph
+        if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].is_initializer()
+    }
+    for node in list(model.graph):
+        matrix = node.inputs[1] if node.op_type == "MatMul" else None
+        if matrix is None or not matrix.is_initializer() or matrix.const_value is None:
+            continue
+        for table in tables:
+            tensor = table.const_value
+            if tensor is None or list(tensor.shape) != list(matrix.const_value.shape)[::-1]:
+                continue
+            if np.array_equal(tensor.numpy(), matrix.const_value.numpy().T):
+                transpose = ir.node("Transpose", [table], attributes={"perm": [1, 0]})
+                transpose.outputs[0].dtype, transpose.outputs[0].shape = matrix.dtype, matrix.shape
+                model.graph.insert_before(node, transpose)
+                node.replace_input_with(1, transpose.outputs[0])
+                if not matrix.uses():
+                    model.graph.initializers.pop(cast("str", matrix.name))
+                break
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Name every node and value by its place in the graph: the same model gives the same bytes."""
+    kept: set[Any] = {*model.graph.inputs, *model.graph.outputs}
+    number = 0
+    for node in model.graph.all_nodes():
+        node.name = f"{node.op_type}_{number}"
+        for value in node.outputs:
+            if value not in kept and not value.is_graph_output():
+                number += 1
+                value.name = f"value_{number}"
+        number += 1
+
+
+def _notes(facts: ModelFacts, *, cache: bool) -> list[str]:
+    if facts.is_causal_lm and not cache:
+        return ["the graph has no cache: a token costs as much as the whole text before it"]
+    if facts.is_encoder_decoder:
+        return ["encoder and decoder are one graph without a cache; generating runs both again for every token"]
+    return []

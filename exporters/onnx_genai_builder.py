@@ -1,0 +1,99 @@
+"""Calling the model builder of ONNX Runtime GenAI: a script with generic module names that talks to stdout."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import LlmoptError
+from .onnx_trace import captured
+
+_PACKAGE = "onnxruntime_genai"
+
+
+def known_architectures() -> frozenset[str]:
+    """Return the architectures that the installed builder names, from its source text: importing it imports torch.
+
+    Raises:
+        LlmoptError: onnxruntime-genai is not installed.
+    """
+    source = (_package_folder() / "models" / "builder.py").read_text(encoding="utf-8")
+    return frozenset(re.findall(r'architectures\[0\] == "(\w+)"', source))
+
+
+def build(
+    checkpoint: Path, output: Path, *, precision: str, provider: str, options: dict[str, str], architecture: str
+) -> None:
+    """Build a floating-point graph with its genai_config.json and tokenizer files.
+
+    Args:
+        checkpoint: a Hugging Face folder with weights, config and tokenizer.
+        output: folder to write into.
+        precision: "fp32" or "fp16".
+        provider: "cpu" or "cuda".
+        options: the builder's extra options; it ignores those it does not know.
+        architecture: to be named in an error.
+
+    Raises:
+        LlmoptError: the builder failed; its message is in `where`.
+    """
+    with captured("onnxruntime-genai builder"), _builder_path():
+        from onnxruntime_genai.models import builder  # type: ignore[import-not-found]
+
+        cache = str(output / ".cache")
+        arguments = ("", str(checkpoint), str(output), precision, provider, cache)
+        try:
+            parsed = builder.parse_extra_options(*arguments, [f"{key}={value}" for key, value in options.items()])
+            _flatten_rope(parsed["hf_details"]["hf_config"])
+            builder.create_model(*arguments, **parsed)
+        # The builder reads configs by attribute and raises whatever comes of it.
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, OSError) as error:
+            raise LlmoptError(
+                f"the ONNX Runtime GenAI builder cannot build {architecture}",
+                where=f"{type(error).__name__}: {error}",
+                hint="use the `onnx` export instead",
+            ) from error
+
+
+def rope_fault(config: Mapping[str, Any]) -> str | None:
+    """Return why the builder would get the rotary positions wrong, from config.json; None if it does not.
+
+    For layers of two kinds it computes the angles with two bases, but scales both as the full-attention layers ask.
+    """
+    parameters = config.get("rope_parameters") or {}
+    scaled = parameters.get("full_attention", {}) if isinstance(parameters, Mapping) else {}
+    if config.get("rope_local_base_freq") is not None:
+        scaled = scaled or config.get("rope_scaling") or {}
+    kind = scaled.get("rope_type", scaled.get("type", "default"))
+    return None if kind == "default" else f"the full-attention layers alone have `{kind}` rotary scaling"
+
+
+def _flatten_rope(config: Any) -> None:
+    """Give the builder rotary parameters in the form it reads: it knows no parameters by the kind of layer."""
+    parameters = getattr(config, "rope_parameters", None)
+    if isinstance(parameters, Mapping) and {"full_attention", "sliding_attention"} <= set(parameters):
+        config.rope_local_base_freq = parameters["sliding_attention"]["rope_theta"]
+        config.rope_parameters = dict(parameters["full_attention"])
+
+
+def _package_folder() -> Path:
+    # Only the top-level name: looking for a submodule would import the package.
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise LlmoptError("onnxruntime-genai is not installed", hint="pip install onnxruntime-genai")
+    return Path(spec.origin).parent
+
+
+@contextmanager
+def _builder_path() -> Iterator[None]:
+    """Let the builder import its siblings (`builders`, `quantization`…) as top-level modules, only while it runs."""
+    kept = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = kept

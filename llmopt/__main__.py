@@ -1,0 +1,133 @@
+"""The command `llmopt`: runs one command and turns whatever ends it into a message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
+
+_received: list[int] = []
+"""Signals so far. A library may swallow the exception that a signal raises; this list tells us all the same."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: unwind the stack, so that whatever is half done is tidied up."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    _received.clear()
+    _prepare()
+    try:
+        return _run(given)
+    except BaseException as error:  # noqa: BLE001 -- the one boundary: nothing may end in a traceback unasked
+        return _report(error, verbose=_has(given, "-v", "--verbose"), as_json=_has(given, "--json"))
+
+
+def _prepare() -> None:
+    """Catch signals, and never fail over a character that the terminal cannot show."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+    with suppress(ValueError):  # not in the main thread: someone else owns the signals
+        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    # `timeout` and process managers may send it twice; the second must not cut the tidying short.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _received.append(number)
+    raise Terminated
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    _received.append(number)
+    raise KeyboardInterrupt
+
+
+def _run(arguments: list[str]) -> int:
+    import typer
+
+    from .cli.app import root
+
+    command = root()
+    try:
+        with command.make_context("llmopt", arguments or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as ended:
+        status = ended.exit_code
+    else:
+        status = 0
+    sys.stdout.flush()  # here, so that a full disk or a closed pipe is met while it can still be told
+    return status
+
+
+def _report(error: BaseException, *, verbose: bool, as_json: bool) -> int:
+    """Tell the user and return the exit status."""
+    from .core.errors import ExitCode
+
+    if verbose:
+        import traceback
+
+        traceback.print_exception(error)
+    if signal.SIGTERM in _received or isinstance(error, Terminated):
+        return _say("terminated", ExitCode.TERMINATED, as_json=as_json)
+    if signal.SIGINT in _received or isinstance(error, KeyboardInterrupt):
+        return _say("interrupted", ExitCode.INTERRUPTED, as_json=as_json)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else ExitCode.FAILED
+    if isinstance(error, BrokenPipeError):
+        _drop_stdout()
+        return ExitCode.FAILED
+    from .cli.failures import understood
+
+    known = understood(error)
+    if known is not None:
+        _write(str(known), known.to_dict() if as_json else None)
+        return known.exit_code
+    summary = f"internal error: {type(error).__name__}: {error}".strip().partition("\n")[0]
+    hint = "this is a defect of llmopt" + ("" if verbose else "; run it again with -v for the traceback")
+    document = {"error": summary, "where": None, "hint": hint, "exit_code": int(ExitCode.FAILED)}
+    _write(f"{summary}\nhint: {hint}", document if as_json else None)
+    return ExitCode.FAILED
+
+
+def _say(text: str, status: int, *, as_json: bool) -> int:
+    _write(text, {"error": text, "where": None, "hint": None, "exit_code": int(status)} if as_json else None)
+    return status
+
+
+def _write(text: str, document: dict[str, object] | None) -> None:
+    """Print the message on stderr, and the document on stdout when JSON was asked for."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+        if document is not None:
+            import json
+
+            print(json.dumps(document, indent=2), flush=True)
+    except OSError:
+        _drop_stdout()
+
+
+def _drop_stdout() -> None:
+    """Nobody reads stdout any more: keep the interpreter from failing over it at its end."""
+    with suppress(OSError, ValueError):  # under a test stdout may be no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _has(arguments: list[str], *names: str) -> bool:
+    """Return whether an option was given; asked when parsing itself may have failed."""
+    return any(name in arguments for name in names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

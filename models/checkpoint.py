@@ -1,0 +1,220 @@
+"""A folder of safetensors shards: their headers read and checked, their tensors left on disk.
+
+The header is parsed here rather than by the safetensors library because a plan needs it without torch and numpy, and
+because a header that lies about sizes deserves a message that names the tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import LlmoptError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100 * 1024 * 1024
+
+DTYPES: dict[str, tuple[str, int]] = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+"""safetensors' dtype -> torch's name and bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor in a shard.
+
+    Attributes:
+        shard: file that holds it.
+        dtype: torch's name of its dtype.
+        shape: its shape.
+        nbytes: its bytes.
+    """
+
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it holds floating-point numbers."""
+        return "float" in self.dtype
+
+
+class Checkpoint:
+    """The tensors of a model folder by name.
+
+    Args:
+        folder: the model folder.
+
+    Raises:
+        LlmoptError: a shard is missing, truncated, or its header contradicts itself.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard in _shards(folder):
+            for name, info in read_header(shard).items():
+                self.tensors[name] = info
+        if not self.tensors:
+            raise LlmoptError("the checkpoint holds no tensor", where=str(folder))
+        self._check_index()
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether the checkpoint has a tensor of that name."""
+        return name in self.tensors
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            LlmoptError: it holds NaN or Inf.
+        """
+        import torch
+        from safetensors import safe_open
+
+        info = self.tensors[name]
+        with safe_open(info.shard, framework="pt") as shard:
+            tensor = shard.get_tensor(name)
+        if info.is_floating and info.dtype.startswith(("float32", "float16", "bfloat16", "float64")):
+            # The sum of a tensor is finite far more cheaply than each element is tested; overflow falls to the test.
+            if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not bool(torch.isfinite(tensor).all()):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise LlmoptError(
+                    f"weight `{name}` holds NaN or Inf",
+                    where=f"{bad} of {tensor.numel()} values, in {info.shard.name}",
+                    hint="the checkpoint is damaged: fetch or save it again",
+                )
+        return tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def sha256(self) -> str:
+        """Return a hash over config and shards: names and bytes, in order of the names."""
+        digest = hashlib.sha256()
+        files = {info.shard for info in self.tensors.values()} | {self.folder / "config.json"}
+        for file in sorted(files):
+            digest.update(file.name.encode() + b"\0")
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    def _check_index(self) -> None:
+        path = self.folder / INDEX
+        if not path.is_file():
+            return
+        for name in _weight_map(path):
+            if name not in self.tensors:
+                raise LlmoptError(
+                    f"weight `{name}` is missing",
+                    where=f"{INDEX} lists it, but its shard does not hold it",
+                    hint="the checkpoint is incomplete: fetch or save it again",
+                )
+
+
+def _weight_map(path: Path) -> Mapping[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise LlmoptError(f"{path.name} is damaged", where=f"{path}\n{error!r}") from None
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or file in {"", ".", ".."}:
+            raise LlmoptError(f"{path.name} points outside its folder", where=f"shard name {file!r}")
+    return weight_map
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        files = sorted(set(_weight_map(index).values()))
+    elif (folder / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    else:
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+    for file in files:
+        if not (folder / file).is_file():
+            raise LlmoptError(
+                f"shard {file} is missing",
+                where=str(folder),
+                hint="the checkpoint is incomplete: fetch or save it again",
+            )
+    return [folder / file for file in files]
+
+
+def read_header(shard: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of a safetensors file.
+
+    Format: 8 bytes little-endian length n, n bytes of JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`, data.
+
+    Raises:
+        LlmoptError: the file is truncated or its header contradicts itself or the file's size.
+    """
+    size = shard.stat().st_size
+    with shard.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if length < 2 or length > _MAX_HEADER or 8 + length > size:
+            raise _damaged(shard, f"its header says {length} bytes, the file has {size}")
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+        entries = dict(_entries(header, shard))
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(shard, f"its header cannot be read: {error}") from None
+    _check_offsets(header, entries, shard, size - 8 - length)
+    return entries
+
+
+def _entries(header: dict[str, Any], shard: Path) -> Iterator[tuple[str, TensorInfo]]:
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"`{name}` has the unknown dtype {entry['dtype']!r}")
+        dtype, width = DTYPES[entry["dtype"]]
+        shape = tuple(int(size) for size in entry["shape"])
+        yield name, TensorInfo(shard, dtype, shape, prod(shape) * width)
+
+
+def _check_offsets(header: dict[str, Any], entries: dict[str, TensorInfo], shard: Path, data_bytes: int) -> None:
+    position = 0
+    for name, info in sorted(entries.items(), key=lambda item: tuple(header[item[0]]["data_offsets"])):
+        begin, end = header[name]["data_offsets"]
+        if begin != position or end - begin != info.nbytes:
+            raise _damaged(
+                shard, f"`{name}` {list(info.shape)} {info.dtype} takes {info.nbytes} bytes, its offsets say {end - begin}"
+            )
+        position = end
+    if position != data_bytes:
+        raise _damaged(shard, f"its tensors take {position} bytes, the file holds {data_bytes}")
+
+
+def _damaged(shard: Path, why: str) -> LlmoptError:
+    return LlmoptError(
+        f"{shard.name} is damaged", where=f"{shard}\n{why}", hint="the checkpoint is damaged: fetch or save it again"
+    )

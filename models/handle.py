@@ -1,0 +1,167 @@
+"""A model on its way through the pipeline: a checkpoint, what the passes changed of it, and nothing in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..core.errors import LlmoptError
+from ..core.facts import ModelFacts
+from ..core.quantized import Grid, QuantizedWeight
+from .checkpoint import INDEX, Checkpoint
+from .locate import Location
+from .skeleton import Skeleton
+from .store import WorkStore
+
+_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_NOT_SIDE_FILES = {"config.json", INDEX, "llmopt.json", "requirements.txt"}
+
+
+@dataclass(frozen=True, slots=True)
+class TorchModel:
+    """A transformers model; the implementation of `core.exports.ExportableModel`.
+
+    Attributes:
+        location: its folder.
+        checkpoint: its tensors as they were.
+        facts: its outline as the passes left it.
+        store: the layers that passes have quantized.
+        dtype: the dtype floating-point tensors are cast to; None leaves each as it is.
+    """
+
+    location: Location
+    checkpoint: Checkpoint
+    facts: ModelFacts
+    store: WorkStore
+    dtype: str | None = None
+    _transposed: frozenset[str] = field(default=frozenset())
+
+    @classmethod
+    def create(cls, location: Location, checkpoint: Checkpoint, facts: ModelFacts, work: Path) -> TorchModel:
+        """Return the unchanged model; `work` is a folder for what the passes make."""
+        transposed = frozenset(linear.name for linear in facts.linears if linear.transposed)
+        return cls(location, checkpoint, facts, WorkStore(work), None, transposed)
+
+    @property
+    def quantized(self) -> Mapping[str, Grid]:
+        """The quantized layers by checkpoint name, and the grid of each."""
+        return self.store.grids
+
+    def quantized_weight(self, name: str) -> QuantizedWeight:
+        """Read one quantized layer from disk."""
+        return self.store.get(name)
+
+    def cast(self, dtype: str) -> TorchModel:
+        """Return the model with all floating-point weights stored in `dtype`."""
+        return replace(self, dtype=dtype, facts=msgspec.structs.replace(self.facts, dtype=dtype))
+
+    def stored_dtype(self, name: str) -> str:
+        """Return the dtype that checkpoint tensor `name` will be stored in."""
+        info = self.checkpoint.tensors[name]
+        return self.dtype if self.dtype is not None and info.is_floating else info.dtype
+
+    def read(self, name: str) -> Tensor:
+        """Return a checkpoint tensor as the passes left it, quantized layers dequantized.
+
+        Raises:
+            LlmoptError: it holds NaN or Inf, or a value that its new dtype cannot hold.
+        """
+        layer = name.removesuffix(".weight")
+        if layer in self.store.grids:
+            weight = self.store.get(layer).dequantize()
+            return weight.T if layer in self._transposed else weight
+        tensor = self._cast(name, self.checkpoint.read(name))
+        experts = [f"{layer}.{index}" for index in range(tensor.shape[0])] if tensor.ndim == 3 else []
+        for index, expert in enumerate(experts):
+            if expert in self.store.grids:
+                weight = self.store.get(expert).dequantize()
+                tensor[index] = weight if weight.shape == tensor.shape[1:] else weight.T
+        return tensor
+
+    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        """Yield every weight once, in the checkpoint's order."""
+        for name in self.checkpoint.tensors:
+            layer = name.removesuffix(".weight")
+            yield (layer, self.store.get(layer)) if layer in self.store.grids else (name, self.read(name))
+
+    def tensor_specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return dtype and shape of every checkpoint tensor as it will be stored in floating point."""
+        return {name: (self.stored_dtype(name), info.shape) for name, info in self.checkpoint.tensors.items()}
+
+    def linear_modules(self) -> dict[str, str | None]:
+        """Return the model's linear modules: module path to checkpoint name, None for one tied to another tensor.
+
+        Matrices of the blocks that sit in no Linear module (a router) are listed under their checkpoint names: other
+        engines build them as linear layers.
+        """
+        skeleton = self.skeleton()
+        found: dict[str, str | None] = {}
+        for path, module in skeleton.model.named_modules():
+            if isinstance(module, nn.Linear):
+                binding = skeleton.naming.of_target.get(f"{path}.weight")
+                found[path] = binding.sources[0][0].removesuffix(".weight") if binding else None
+        for name in skeleton.naming.sources_of(name for site in skeleton.sites for name in site.parameters):
+            if name.endswith(".weight") and len(self.checkpoint.tensors[name].shape) == 2:
+                layer = name.removesuffix(".weight")
+                if layer not in found.values():
+                    found.setdefault(layer, layer)
+        return found
+
+    def skeleton(self) -> Skeleton:
+        """Return the module tree without weights, its buffers loaded."""
+        skeleton = Skeleton(self.location, self.checkpoint)
+        _load_buffers(skeleton, self.read)
+        return skeleton
+
+    def materialize(self, dtype: str = "float32") -> PreTrainedModel:
+        """Return the whole model in memory, in eval mode."""
+        skeleton = self.skeleton()
+        skeleton.load([name for name, _ in skeleton.model.named_parameters()], self.read)
+        return skeleton.model.to(getattr(torch, dtype))
+
+    def save_side_files(self, directory: Path, *, config_changes: Mapping[str, Any] | None = None) -> None:
+        """Write config.json (with changes), generation config, tokenizer and processor files."""
+        config = dict(self.facts.config)
+        if self.dtype is not None:
+            config.pop("torch_dtype", None)
+            config["dtype"] = self.dtype
+        config.update(config_changes or {})
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+        patterns = (*_SIDE_FILES, "*.py") if self.location.trust_remote_code else _SIDE_FILES
+        for pattern in patterns:
+            for path in sorted(self.location.folder.glob(pattern)):
+                if path.is_file() and path.name not in _NOT_SIDE_FILES:
+                    shutil.copyfile(path, directory / path.name)
+
+    def _cast(self, name: str, tensor: Tensor) -> Tensor:
+        wanted = getattr(torch, self.stored_dtype(name))
+        if tensor.dtype == wanted:
+            return tensor
+        cast = tensor.to(wanted)
+        if not bool(torch.isfinite(cast).all()):
+            raise LlmoptError(
+                f"weight `{name}` does not fit into {self.dtype}",
+                where=f"its largest value is {float(tensor.abs().max()):.4g}",
+                hint="use bfloat16, which has the range of float32",
+            )
+        return cast
+
+
+def _load_buffers(skeleton: Skeleton, read: Any) -> None:
+    """Load the buffers that the checkpoint holds; the others keep what the module's constructor computed."""
+    targets = [name for name, _ in skeleton.model.named_buffers() if name in skeleton.naming.of_target]
+    for name, tensor in skeleton.naming.load(targets, read).items():
+        path, _, leaf = name.rpartition(".")
+        module = skeleton.model.get_submodule(path)
+        if leaf in module._buffers:  # noqa: SLF001
+            module._buffers[leaf] = tensor  # noqa: SLF001

@@ -1,0 +1,146 @@
+"""From what the user wrote to a folder on this machine: a local folder, or a snapshot of a hub repository."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import LlmoptError, UsageError, nearest
+from ..core.recipe import ModelSpec
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+_SNAPSHOT = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A model folder.
+
+    Attributes:
+        folder: where its files lie.
+        source: what the user wrote.
+        revision: the commit, for a hub repository.
+        trust_remote_code: whether Python code of the model may run.
+    """
+
+    folder: Path
+    source: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def locate(spec: ModelSpec) -> Location:
+    """Find the model's folder, fetching it when `spec.id` is a hub id.
+
+    Raises:
+        UsageError: no such folder, no model in it, only pickled weights, or code that was not asked for.
+        LlmoptError: the hub does not answer or does not have it.
+    """
+    path = Path(spec.id).expanduser()
+    if path.is_file():
+        raise UsageError(f"`{spec.id}` is a file, not a model folder", hint="give the folder that holds config.json")
+    if path.is_dir():
+        folder, revision = path, None
+    elif _looks_like_hub_id(spec.id):
+        folder = _snapshot(spec)
+        revision = folder.name
+    else:
+        raise UsageError(f"no model at `{spec.id}`", hint=_missing_hint(path))
+    check_folder(folder, spec)
+    return Location(folder, spec.id, revision, spec.trust_remote_code)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json as a dict.
+
+    Raises:
+        LlmoptError: it is no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LlmoptError("config.json is not valid JSON", where=f"{path}\n{error}") from None
+    if not isinstance(config, dict):
+        raise LlmoptError("config.json is not an object", where=str(path))
+    return config
+
+
+def check_folder(folder: Path, spec: ModelSpec) -> None:
+    """Refuse a folder that is no Hugging Face model, or one that would need pickles or unasked code."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"`{spec.id}` is not a model folder",
+            where=f"there is no config.json in {folder}",
+            hint="give the folder that transformers' save_pretrained wrote, or a hub id such as org/name",
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(found.name for pattern in _PICKLES for found in folder.glob(pattern))
+        if pickles:
+            raise UsageError(
+                f"`{spec.id}` holds pickled weights only",
+                where=f"{', '.join(pickles[:3])}: loading a pickle can run any code",
+                hint="convert it once where you trust it: "
+                "AutoModel.from_pretrained(DIR).save_pretrained(OUT) with transformers, then use OUT",
+            )
+        raise UsageError(f"`{spec.id}` holds no weights", where=f"there is no *.safetensors file in {folder}")
+    if "auto_map" in read_config(folder) and not spec.trust_remote_code:
+        architecture = (read_config(folder).get("architectures") or ["?"])[0]
+        if not _is_native(read_config(folder).get("model_type")):
+            raise UsageError(
+                f"`{spec.id}` needs Python code of its own ({architecture})",
+                where="config.json has an `auto_map`",
+                hint="read that code, then allow it with --trust-remote-code",
+            )
+
+
+def _is_native(model_type: str | None) -> bool:
+    """Return whether the installed transformers has its own implementation; looks at its folders, imports nothing."""
+    from importlib.util import find_spec
+
+    spec = find_spec("transformers")
+    roots = spec.submodule_search_locations if spec is not None else None
+    return bool(model_type and roots and (Path(next(iter(roots))) / "models" / model_type).is_dir())
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) <= 2 and all(parts) and not name.startswith((".", "~", "/")) and "\\" not in name
+
+
+def _missing_hint(path: Path) -> str:
+    parent = path.parent
+    if parent.is_dir():
+        folders = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+        if folders:
+            return f"in {parent}: {nearest(path.name, folders)}"
+    return "give a local folder or a hub id such as org/name"
+
+
+def _snapshot(spec: ModelSpec) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*_SNAPSHOT, "*.py"] if spec.trust_remote_code else _SNAPSHOT
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    try:
+        return Path(snapshot_download(spec.id, revision=spec.revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise UsageError(f"no model at `{spec.id}`", hint=_missing_hint(Path(spec.id))) from None
+    except LocalEntryNotFoundError:
+        reason = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the hub did not answer"
+        raise LlmoptError(
+            f"no model at `{spec.id}`",
+            where=f"no such folder here; as a hub id: {reason}",
+            hint=_missing_hint(Path(spec.id)),
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        lines = str(error).strip().splitlines()
+        raise LlmoptError(
+            f"the hub does not give `{spec.id}`",
+            where=lines[0] if lines else type(error).__name__,
+            hint="check the name and --revision; a gated model needs a token (`hf auth login`)",
+        ) from None

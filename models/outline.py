@@ -1,0 +1,102 @@
+"""A model's outline from config.json and shard headers: enough for a plan, without torch.
+
+Which tensors are linear layers of repeated blocks is told by structure alone: a block list is a numbered level in the
+tensor names (`model.layers.7.`); a linear layer is a matrix `….weight` that most entries of the list have. A bias tells
+which way round the matrix lies: GPT-2's Conv1D stores (in, out), so its bias has the length of the second axis.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from ..core.facts import LinearFacts, ModelFacts
+from .checkpoint import Checkpoint, TensorInfo
+from .locate import Location, read_config
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tokenizer_config.json")
+_SMALLEST = 16
+"""A matrix narrower than this is a table (relative positions), no layer worth quantizing."""
+
+
+def outline(location: Location, checkpoint: Checkpoint) -> ModelFacts:
+    """Return what config.json and the shard headers tell."""
+    config = read_config(location.folder)
+    tensors = checkpoint.tensors
+    stacks = block_lists(tensors)
+    per_block: Counter[str] = Counter()
+    for name, info in tensors.items():
+        block = block_of(name, stacks)
+        if block is not None:
+            per_block[block] += info.nbytes
+    dtypes: Counter[str] = Counter()
+    for info in tensors.values():
+        dtypes[info.dtype] += info.nbytes
+    architectures = config.get("architectures") or [""]
+    return ModelFacts(
+        source=location.source,
+        model_type=str(config.get("model_type", "")),
+        architecture=str(architectures[0]),
+        dtype=dtypes.most_common(1)[0][0],
+        parameters=sum(info.nbytes // _width(info) for info in tensors.values()),
+        bytes=checkpoint.nbytes,
+        largest_block_bytes=max(per_block.values(), default=0),
+        outside_bytes=checkpoint.nbytes - sum(per_block.values()),
+        blocks=len(per_block),
+        linears=tuple(_linears(tensors, stacks)),
+        has_tokenizer=has_tokenizer(location.folder),
+        config=config,
+    )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether tokenizer files lie in `folder`."""
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
+def block_lists(tensors: dict[str, TensorInfo]) -> tuple[str, ...]:
+    """Return the prefixes of the block lists: the outermost numbered levels, such as `model.layers`."""
+    found = {match[1] for name in tensors if (match := re.match(r"(.*?[A-Za-z_]\w*)\.\d+\.", name))}
+    return tuple(sorted(found))
+
+
+def block_of(name: str, stacks: tuple[str, ...]) -> str | None:
+    """Return the block that tensor `name` belongs to (`model.layers.3`), None if it lies outside."""
+    match = re.match(r"(.*?[A-Za-z_]\w*)\.(\d+)\.", name)
+    return f"{match[1]}.{match[2]}" if match and match[1] in stacks else None
+
+
+def _width(info: TensorInfo) -> int:
+    count = 1
+    for size in info.shape:
+        count *= size
+    return max(1, info.nbytes // max(1, count))
+
+
+def _linears(tensors: dict[str, TensorInfo], stacks: tuple[str, ...]) -> list[LinearFacts]:
+    owners: defaultdict[str, set[str]] = defaultdict(set)
+    sizes: defaultdict[str, set[str]] = defaultdict(set)
+    candidates: list[tuple[str, str, TensorInfo]] = []
+    for name, info in tensors.items():
+        block = block_of(name, stacks)
+        if block is None:
+            continue
+        stack = block.rpartition(".")[0]
+        sizes[stack].add(block)
+        if name.endswith(".weight") and len(info.shape) == 2 and min(info.shape) >= _SMALLEST:
+            role = f"{stack}.*{name[len(block) :]}"
+            owners[role].add(block)
+            candidates.append((role, name.removesuffix(".weight"), info))
+    linears: list[LinearFacts] = []
+    for role, name, info in candidates:
+        stack = role.partition(".*.")[0]
+        if info.is_floating and 2 * len(owners[role]) > len(sizes[stack]):
+            rows, columns = info.shape
+            bias = tensors.get(f"{name}.bias")
+            transposed = bias is not None and bias.shape == (columns,) and rows != columns
+            out_features, in_features = (columns, rows) if transposed else (rows, columns)
+            linears.append(
+                LinearFacts(name=name, out_features=out_features, in_features=in_features, transposed=transposed)
+            )
+    return linears

@@ -1,0 +1,102 @@
+"""Bringing calibration samples to a block through the model's own code.
+
+For each block the model's forward runs once more, with every earlier block replaced by what the last of them returned
+and the block itself replaced by a catcher. So masks, positions, per-layer arguments and the encoder's states come from
+the model itself and need not be known here; only one set of hidden states is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import LlmoptError
+from .skeleton import BlockSite, Skeleton
+
+Batch = dict[str, Tensor]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Caught(Exception):  # noqa: N818  (control flow, no error)
+    """The block's arguments are known; the rest of the forward pass is not wanted."""
+
+
+class Replay:
+    """The calibration samples on their way through the blocks.
+
+    Args:
+        skeleton: the model; what lies outside its blocks must be loadable on demand.
+        batches: model inputs, rows of equal length in each.
+    """
+
+    def __init__(self, skeleton: Skeleton, batches: Sequence[Batch]) -> None:
+        self._skeleton = skeleton
+        self._batches = batches
+        self._finished: list[tuple[list[BlockSite], list[Any]]] = []
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._batches)
+
+    def call(self, site: BlockSite, index: int) -> Call:
+        """Return the arguments with which the model calls block `site` on batch `index`.
+
+        Raises:
+            LlmoptError: the forward pass never comes to the block.
+        """
+        caught: list[Call] = []
+
+        def catch(*args: Any, **kwargs: Any) -> None:
+            caught.append((args, kwargs))
+            raise _Caught
+
+        with _replaced([(site.module, catch), *self._stubs(index)]), torch.no_grad():
+            try:
+                self._skeleton.model(**self._batches[index])
+            except _Caught:
+                return caught[0]
+        raise LlmoptError(
+            f"the calibration samples never reach `{site.name}`",
+            hint="use a pass that needs no calibration data, such as rtn",
+        )
+
+    def finish(self, site: BlockSite, first: bool) -> None:
+        """Run the finished block on every batch and keep what it returns.
+
+        Args:
+            site: the block, its final weights loaded.
+            first: whether it is the first of its stack.
+        """
+        outputs: list[Any] = []
+        for index in range(len(self._batches)):
+            args, kwargs = self.call(site, index)
+            with torch.no_grad():
+                outputs.append(site.module(*args, **kwargs))
+        if first:
+            self._finished.append(([site], outputs))
+        else:
+            sites, _ = self._finished[-1]
+            self._finished[-1] = ([*sites, site], outputs)
+
+    def _stubs(self, index: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        return [
+            (site.module, lambda *_, _output=outputs[index], **__: _output)
+            for sites, outputs in self._finished
+            for site in sites
+        ]
+
+
+@contextmanager
+def _replaced(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Give modules another forward for a while."""
+    for module, forward in forwards:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, _ in forwards:
+            del module.forward

@@ -1,0 +1,312 @@
+"""The model without its weights: modules on the meta device, repeated blocks found by structure."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..core.errors import LlmoptError, UsageError
+from ..core.model import Linear
+from .checkpoint import Checkpoint
+from .locate import Location
+from .naming import Naming, Rows
+
+_SMALLEST = 16
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Where a logical linear layer lies in the model's parameters.
+
+    Attributes:
+        linear: the layer under its checkpoint name.
+        parameter: name of the parameter that holds it.
+        rows: its part of that parameter; None when it is the whole of a 2-D one.
+        transposed: the parameter holds (in, out).
+        stacked: the checkpoint, too, stores it as a slice of a 3-D tensor, so it has no tensor name of its own.
+    """
+
+    linear: Linear
+    parameter: str
+    rows: Rows | None
+    transposed: bool
+    stacked: bool = False
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return the layer's (out, in) view of its parameter."""
+        part = parameter
+        if self.rows is not None:
+            part = part if self.rows.expert is None else part[self.rows.expert]
+            part = part[self.rows.start : self.rows.stop] if not self.transposed else part
+        return part.T if self.transposed else part
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSite:
+    """A repeated block of the skeleton."""
+
+    name: str
+    module: nn.Module
+    parameters: tuple[str, ...]
+    views: tuple[View, ...]
+
+
+class Skeleton:
+    """A transformers model whose parameters live on the meta device until they are loaded.
+
+    Attributes:
+        model: the module tree.
+        stacks: the lists of repeated blocks, in the order of the module tree (an encoder before its decoder).
+    """
+
+    def __init__(self, location: Location, checkpoint: Checkpoint) -> None:
+        self.config = load_config(location)
+        self.model = _empty_model(self.config, location)
+        self.naming = Naming(self.model, checkpoint)
+        self._aliases = _aliases(self.model)
+        self.stacks = self._find_stacks()
+        inside = {name for stack in self.stacks for site in stack for name in site.parameters}
+        self.outside = tuple(name for name, _ in self.model.named_parameters() if name not in inside)
+
+    @property
+    def sites(self) -> list[BlockSite]:
+        """All blocks of all stacks."""
+        return [site for stack in self.stacks for site in stack]
+
+    def parameter(self, name: str) -> Tensor:
+        """Return the current tensor of a parameter."""
+        return self.model.get_parameter(name)
+
+    def load(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        """Put the parameters called `names` into memory as float32.
+
+        Args:
+            names: parameter names.
+            read: gives a checkpoint tensor by name.
+        """
+        targets = [target for name in names if (target := self._target(name)) is not None]
+        for name, tensor in self.naming.load(targets, read).items():
+            self._set(name, tensor.to(torch.float32))
+
+    def unload(self, names: Iterable[str]) -> None:
+        """Send the parameters called `names` back to the meta device, freeing their memory."""
+        for name in names:
+            self._set(name, torch.empty_like(self.parameter(name), device="meta"))
+
+    @contextmanager
+    def outside_on_demand(self, read: Callable[[str], Tensor]) -> Iterator[None]:
+        """Load what lies outside the blocks when it is first used, and free it at the end."""
+        outside = set(self.outside)
+        loaded: set[str] = set()
+
+        def before(module: nn.Module, _: Any) -> None:
+            wanted = [name for name in names[module] if name not in loaded]
+            if wanted:
+                self.load(wanted, read)
+                loaded.update(wanted)
+
+        names: dict[nn.Module, list[str]] = {}
+        for path, module in self.model.named_modules():
+            own = [f"{path}.{key}" if path else key for key, _ in module.named_parameters(recurse=False)]
+            own = [name for name in own if self._canonical(name) in outside]
+            if own:
+                names[module] = own
+        handles = [module.register_forward_pre_hook(before) for module in names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.unload(loaded)
+
+    def _canonical(self, name: str) -> str:
+        return self._aliases.get(name, [name])[0]
+
+    def _target(self, name: str) -> str | None:
+        """Return the alias of `name` that the checkpoint holds; None for one that is rightly missing."""
+        return next((alias for alias in self._aliases.get(name, [name]) if alias in self.naming.of_target), None)
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        parameters = dict.fromkeys(self._aliases.get(name, [name]))
+        value = nn.Parameter(tensor, requires_grad=False)
+        for alias in parameters:
+            path, _, leaf = alias.rpartition(".")
+            module = self.model.get_submodule(path)
+            if leaf in module._parameters:  # noqa: SLF001
+                module._parameters[leaf] = value  # noqa: SLF001
+            else:
+                module._buffers[leaf] = tensor  # noqa: SLF001
+
+    def _find_stacks(self) -> list[list[BlockSite]]:
+        lists: list[tuple[str, nn.ModuleList]] = []
+        for path, module in self.model.named_modules():
+            nested = any(path.startswith(f"{outer}.") for outer, _ in lists)
+            if isinstance(module, nn.ModuleList) and len(module) and not nested:
+                lists.append((path, module))
+        stacks = [[self._site(f"{path}.{index}", block) for index, block in enumerate(blocks)] for path, blocks in lists]
+        stacks = [stack for stack in stacks if any(site.views for site in stack)]
+        if not stacks:
+            raise LlmoptError(
+                f"no repeated blocks found in {type(self.model).__name__}",
+                hint="only models made of a list of alike blocks can be worked on block by block",
+            )
+        return stacks
+
+    def _site(self, path: str, block: nn.Module) -> BlockSite:
+        parameters: list[str] = []
+        views: list[View] = []
+        experts = {_stack_height(module) for module in block.modules()} - {0}
+        for sub, module in block.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                name = f"{path}.{sub}.{key}" if sub else f"{path}.{key}"
+                parameters.append(name)
+                is_router = parameter.ndim == 2 and parameter.shape[0] in experts
+                if _is_product(module, key, parameter) and not is_router:
+                    views += self._views(name, module, parameter)
+        return BlockSite(path, block, tuple(parameters), tuple(views))
+
+    def _views(self, name: str, module: nn.Module, parameter: Tensor) -> list[View]:
+        binding = self.naming.of_target.get(name)
+        if binding is None:
+            return []
+        conv1d = isinstance(module, Conv1D)
+        transposed = conv1d or bool(getattr(module, "is_transposed", False))
+        if binding.converter is None:
+            source = binding.sources[0][0].removesuffix(".weight")
+            if parameter.ndim == 2:
+                return [View(_linear(source, parameter, transposed), name, None, transposed)]
+            return [
+                View(_linear(f"{source}.{expert}", parameter[expert], transposed), name, rows, transposed, stacked=True)
+                for expert in range(parameter.shape[0])
+                for rows in [Rows(expert, 0, parameter.shape[1])]
+            ]
+        located = self.naming.rows_of(name)
+        if located is None or transposed:
+            return []
+        return [
+            View(Linear(key.removesuffix(".weight"), rows.stop - rows.start, parameter.shape[-1]), name, rows, False)
+            for key, rows in located.items()
+        ]
+
+
+def _linear(name: str, matrix: Tensor, transposed: bool) -> Linear:
+    rows, columns = matrix.shape
+    return Linear(name, columns, rows) if transposed else Linear(name, rows, columns)
+
+
+def _stack_height(module: nn.Module) -> int:
+    """Return the number of experts a module holds as one 3-D parameter, 0 for any other module."""
+    for key, parameter in module.named_parameters(recurse=False):
+        if _is_product(module, key, parameter) and parameter.ndim == 3:
+            return parameter.shape[0]
+    return 0
+
+
+def _is_product(module: nn.Module, key: str, parameter: Tensor) -> bool:
+    """Return whether a parameter is the weight of a matrix product: a Linear, a Conv1D, or experts in one tensor."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return key == "weight" and min(parameter.shape) >= _SMALLEST
+    own_code = not type(module).__module__.startswith("torch.nn")
+    return own_code and parameter.ndim == 3 and min(parameter.shape[1:]) >= _SMALLEST
+
+
+def _aliases(model: PreTrainedModel) -> dict[str, list[str]]:
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: group for group in groups.values() if len(group) > 1 for name in group}
+
+
+def load_config(location: Location) -> Any:
+    """Return transformers' config object.
+
+    Raises:
+        UsageError: transformers does not know the architecture.
+    """
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(
+                location.folder, trust_remote_code=location.trust_remote_code, local_files_only=True
+            )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"`{location.source}` has an architecture that transformers {transformers.__version__} does not know",
+            where=first[:300],
+            hint="check `model_type` in config.json; a model with code of its own needs --trust-remote-code",
+        ) from None
+
+
+def model_class(config: Any, location: Location) -> Any:
+    """Return the model class that config.json names.
+
+    Raises:
+        UsageError: it names none that transformers has.
+    """
+    name = (getattr(config, "architectures", None) or [""])[0]
+    if location.trust_remote_code and getattr(config, "auto_map", None):
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        for reference in config.auto_map.values():
+            if str(reference).endswith(f".{name}"):
+                return get_class_from_dynamic_module(reference, location.folder)
+    found = getattr(transformers, name, None) if name else None
+    if found is None:
+        raise UsageError(
+            f"unknown architecture `{name}`" if name else "config.json names no architecture",
+            where=f"`architectures` in {location.folder / 'config.json'}",
+            hint="name the transformers class of the model there, such as LlamaForCausalLM",
+        )
+    return found
+
+
+def _empty_model(config: Any, location: Location) -> PreTrainedModel:
+    if getattr(config, "quantization_config", None):
+        raise UsageError(
+            f"`{location.source}` is quantized already",
+            where=f"quantization_config: {config.quantization_config.get('quant_method')}",
+            hint="start from the floating-point model",
+        )
+    kind = model_class(config, location)
+    with quiet(), init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)  # noqa: SLF001
+    model.tie_weights()
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        model.set_experts_implementation("eager")  # one product an expert, so that each can be watched
+    model.eval()
+    model.requires_grad_(False)
+    if getattr(config, "use_cache", None):
+        config.use_cache = False
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own warnings and progress bars off the terminal."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    root_level = logging.getLogger().level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        logging.getLogger().setLevel(root_level)
+        if bars:
+            hf_logging.enable_progress_bar()

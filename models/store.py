@@ -1,0 +1,52 @@
+"""Finished quantized layers on disk, in llmopt's own terms, so that memory holds one block and not the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..core.model import Linear
+from ..core.quantized import Grid, QuantizedWeight
+
+
+class WorkStore:
+    """Quantized layers by name.
+
+    Args:
+        folder: where to keep them; created.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._files: dict[str, Path] = {}
+        self.grids: dict[str, Grid] = {}
+
+    def put(self, block: str, results: Mapping[Linear, QuantizedWeight]) -> None:
+        """Write the layers of one block."""
+        tensors: dict[str, Tensor] = {}
+        path = self._folder / f"{block}.safetensors"
+        for linear, weight in results.items():
+            tensors[f"{linear.name}.codes"] = weight.codes.contiguous()
+            tensors[f"{linear.name}.scale"] = weight.scale.contiguous()
+            if weight.zero_point is not None:
+                tensors[f"{linear.name}.zero_point"] = weight.zero_point.contiguous()
+            self._files[linear.name] = path
+            self.grids[linear.name] = weight.grid
+        if tensors:
+            save_file(tensors, path)
+
+    def get(self, name: str) -> QuantizedWeight:
+        """Read one layer."""
+        grid = self.grids[name]
+        with safe_open(self._files[name], framework="pt") as file:
+            return QuantizedWeight(
+                codes=file.get_tensor(f"{name}.codes"),
+                scale=file.get_tensor(f"{name}.scale"),
+                zero_point=None if grid.symmetric else file.get_tensor(f"{name}.zero_point"),
+                grid=grid,
+            )

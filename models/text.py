@@ -1,0 +1,63 @@
+"""Token rows to model inputs, and the tokenizer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ..core.errors import UsageError
+from .skeleton import quiet
+
+_TOKENS_PER_BATCH = 2048
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the folder's tokenizer.
+
+    Raises:
+        UsageError: there is none that transformers can load.
+    """
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UsageError(
+            f"no tokenizer can be loaded from `{folder}`",
+            where=str(error).strip().splitlines()[0][:300],
+            hint="put tokenizer.json and tokenizer_config.json beside the weights",
+        ) from None
+    tokenizer.model_max_length = 10**30  # rows are cut by llmopt; the library's warning about length would mislead
+    return tokenizer
+
+
+def batches(rows: Sequence[Sequence[int]], *, decoder: bool) -> list[dict[str, Tensor]]:
+    """Return model inputs, rows of equal length together, so that nothing is padded.
+
+    Args:
+        rows: token ids.
+        decoder: the model is an encoder-decoder; its decoder is given the same text.
+    """
+    by_length: defaultdict[int, list[Sequence[int]]] = defaultdict(list)
+    for row in rows:
+        by_length[len(row)].append(row)
+    made: list[dict[str, Tensor]] = []
+    for length, alike in by_length.items():
+        size = max(1, _TOKENS_PER_BATCH // length)
+        for start in range(0, len(alike), size):
+            ids = torch.tensor([list(row) for row in alike[start : start + size]])
+            made.append({"input_ids": ids, "decoder_input_ids": ids} if decoder else {"input_ids": ids})
+    return made
+
+
+def random_rows(vocabulary: int, *, rows: int, length: int, seed: int) -> list[list[int]]:
+    """Return rows of random token ids, for comparing two forms of one model where no text is at hand."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (rows, length), generator=generator).tolist()

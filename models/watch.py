@@ -1,0 +1,69 @@
+"""Seeing what a linear layer multiplies, whatever module it sits in.
+
+Every matrix product whose weight operand lies in a watched parameter is noticed by the address of that operand. So one
+mechanism serves Linear, Conv1D, fused projections and single experts of a 3-D parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (the field's customary name)
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Unit = tuple[str, int | None]
+"""A weight that is multiplied as one: a parameter, and the expert in it."""
+
+_INPUT_FIRST = {F.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
+_INPUT_SECOND = {torch.addmm, Tensor.addmm}
+
+
+class Watch(TorchFunctionMode):
+    """Calls `receive(unit, input)` for every product with a watched weight inside the context.
+
+    Args:
+        addresses: the data pointer of each unit's weight.
+        receive: gets the unit and the product's input, (…, in_features).
+    """
+
+    def __init__(self, addresses: Mapping[int, Unit], receive: Callable[[Unit, Tensor], None]) -> None:
+        super().__init__()
+        self._addresses = addresses
+        self._receive = receive
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],  # noqa: ARG002
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Notice a product, then run it."""
+        operands = args[:2] if func in _INPUT_FIRST else args[1:3] if func in _INPUT_SECOND else ()
+        if len(operands) == 2 and isinstance(operands[1], Tensor) and operands[1].ndim == 2:
+            unit = self._addresses.get(operands[1].data_ptr())
+            if unit is not None:
+                self._receive(unit, operands[0])
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(slots=True)
+class Sighting:
+    """What a first run through a block showed of one unit: its input, kept alive so that its address stays its own."""
+
+    input: Tensor
+    times: int = 1
+
+
+def same_input(first: Tensor, second: Tensor) -> bool:
+    """Return whether two inputs are the same memory seen the same way."""
+    return (
+        first.data_ptr() == second.data_ptr()
+        and first.shape == second.shape
+        and first.stride() == second.stride()
+        and first._version == second._version  # noqa: SLF001
+    )

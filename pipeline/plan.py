@@ -1,0 +1,165 @@
+"""From a recipe to a plan: everything that can be refused is refused here, before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from ..core.errors import UsageError
+from ..core.facts import LinearFacts, ModelFacts
+from ..core.passes import BlockPass, Need
+from ..core.patterns import matches
+from ..core.plan import Plan, PlanStep
+from ..core.quantized import Grid
+from ..core.recipe import Recipe
+from ..core.target import Target
+from ..models.checkpoint import DTYPES, Checkpoint
+from ..models.locate import locate
+from ..models.outline import outline
+from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
+
+_WIDTHS = dict(DTYPES.values())
+_SEVERAL = 3
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Check a recipe against its model and lay out the work.
+
+    Raises:
+        UsageError: it cannot work.
+        LlmoptError: the checkpoint is damaged.
+    """
+    passes = passes_of(recipe)
+    exporters = exporters_of(recipe)
+    if recipe.calibration is not None:
+        _check_calibration(recipe)
+    location = locate(recipe.model)
+    facts = outline(location, Checkpoint(location.folder))
+    if facts.config.get("quantization_config"):
+        raise UsageError(
+            f"`{facts.source}` is quantized already",
+            where=f"quant_method {facts.config['quantization_config'].get('quant_method')}",
+            hint="start from the floating-point model",
+        )
+    target = _target(exporters)
+    for one in passes:
+        one.check(facts, target)
+        if Need.CALIBRATION in one.needs and not facts.has_tokenizer:
+            raise UsageError(
+                f"`{facts.source}` has no tokenizer",
+                where=f"pass `{one.name}` reads calibration text",
+                hint="put tokenizer.json and tokenizer_config.json beside the weights, or use rtn",
+            )
+    grid = next((found for one in passes if (found := one.grid()) is not None), None)
+    final = _cast_facts(facts, passes)
+    for exporter in exporters:
+        exporter.check(final, grid)
+    return Plan(
+        recipe=recipe,
+        facts=facts,
+        steps=tuple(_steps(passes, exporters, facts)),
+        skips=tuple(_skips(passes, facts)),
+        peak_bytes=_peak(recipe, passes, exporters, facts),
+        output_bytes=sum(_size(exporter, passes, grid, final) for exporter in exporters),
+    )
+
+
+def _check_calibration(recipe: Recipe) -> None:
+    from ..calibration.source import open_source
+
+    assert recipe.calibration is not None
+    open_source(recipe.calibration.data, recipe.calibration.column)
+
+
+def _target(exporters: Sequence[AnyExporter]) -> Target:
+    wanted = {str(target) for exporter in exporters if (target := getattr(exporter.params, "target", None)) is not None}
+    return Target(wanted.pop()) if len(wanted) == 1 else Target.CPU
+
+
+def _cast_facts(facts: ModelFacts, passes: Sequence[AnyPass]) -> ModelFacts:
+    dtype = next((str(one.params.dtype) for one in passes if one.name == "cast"), facts.dtype)
+    bytes_after = facts.bytes if dtype == facts.dtype else facts.parameters * _WIDTHS[dtype]
+    return msgspec.structs.replace(facts, dtype=dtype, bytes=bytes_after)
+
+
+def _steps(passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: ModelFacts) -> list[PlanStep]:
+    steps: list[PlanStep] = []
+    for group in sweeps(passes):
+        kind = "sweep" if isinstance(group[0], BlockPass) else "pass"
+        covers = f"{facts.blocks} blocks, {len(facts.linears)} layers: " if kind == "sweep" else ""
+        title = " + ".join(one.name for one in group)
+        steps.append(PlanStep(kind=kind, title=title, detail=covers + "; ".join(_in_words(one) for one in group)))
+    for exporter in exporters:
+        steps.append(PlanStep(kind="export", title=exporter.name, detail=_params_in_words(exporter.params)))
+        steps.append(PlanStep(kind="verify", title=exporter.name, detail=f"opened again in {exporter.runtime}"))
+    return steps
+
+
+def _in_words(one: AnyPass) -> str:
+    grid = one.grid()
+    return str(grid) if grid is not None else _params_in_words(one.params)
+
+
+def _params_in_words(params: Any) -> str:
+    return ", ".join(f"{key} {value}" for key, value in msgspec.to_builtins(params).items() if value not in (None, (), []))
+
+
+def _skips(passes: Sequence[AnyPass], facts: ModelFacts) -> list[tuple[str, str]]:
+    skips: list[tuple[str, str]] = []
+    for one in passes:
+        if one.grid() is None:
+            continue
+        for linear in facts.linears:
+            pattern = next((pattern for pattern in one.ignored() if matches(linear.name, pattern)), None)
+            if pattern is not None:
+                skips.append((linear.name, f"ignored by `{pattern}`"))
+        skips.append(("embeddings, head and norms", "outside the repeated blocks"))
+    return skips
+
+
+def _quantized(passes: Sequence[AnyPass], facts: ModelFacts) -> list[LinearFacts]:
+    chosen = [one for one in passes if one.grid() is not None]
+    return [
+        linear
+        for linear in facts.linears
+        if chosen and not any(matches(linear.name, pattern) for one in chosen for pattern in one.ignored())
+    ]
+
+
+def _size(exporter: AnyExporter, passes: Sequence[AnyPass], grid: Grid | None, facts: ModelFacts) -> int:
+    """Estimate an artifact's bytes: packed codes and scales, and everything else in its dtype."""
+    onnx = exporter.runtime != "transformers"
+    width = 4 if onnx and getattr(exporter.params, "precision", "float32") == "float32" else _WIDTHS[facts.dtype]
+    if grid is None or getattr(exporter.params, "format", "auto") == "plain":
+        return facts.parameters * width
+    linears = _quantized(passes, facts)
+    held = next(bits for bits in (2, 4, 8) if bits >= grid.bits) if onnx else grid.bits
+    stored = msgspec.structs.replace(grid, bits=held)
+    packed = sum(
+        stored.bits_per_weight(linear.out_features, linear.in_features, scale_bits=8 * width)
+        * (linear.out_features * linear.in_features)
+        / 8
+        for linear in linears
+    )
+    weights = sum(linear.out_features * linear.in_features for linear in linears)
+    return int(packed) + (facts.parameters - weights) * width
+
+
+def _peak(recipe: Recipe, passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: ModelFacts) -> int:
+    """Estimate the peak memory of the work: the sweep over blocks, or a step that holds the whole model."""
+    width = _WIDTHS[facts.dtype]
+    block = facts.largest_block_bytes // width * 4
+    sweep = 0
+    if any(isinstance(one, BlockPass) for one in passes):
+        largest = max((linear.out_features * linear.in_features for linear in facts.linears), default=0)
+        sweep = block + _SEVERAL * 4 * largest
+    if any(Need.CALIBRATION in one.needs for one in passes) and recipe.calibration is not None:
+        widest = max((linear.in_features for linear in facts.linears), default=0)
+        hidden = min((linear.in_features for linear in facts.linears), default=0)
+        tokens = recipe.calibration.samples * recipe.calibration.length
+        sweep += facts.outside_bytes // width * 4 + _SEVERAL * 4 * widest**2 + 2 * 4 * tokens * hidden
+    whole = facts.parameters * 4  # opening the artifact again holds it once, in float32
+    tracing = 2 * whole if any(exporter.runtime != "transformers" for exporter in exporters) else 0
+    return max(sweep, whole, tracing)

@@ -1,0 +1,142 @@
+"""Reading, checking and writing recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from ..core.errors import UsageError, nearest
+from ..core.params import convert
+from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
+
+_KEYS = ("model", "calibration", "passes", "exports", "seed")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe from YAML (or JSON, which is YAML).
+
+    Raises:
+        UsageError: the file is missing or does not hold a recipe.
+    """
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise UsageError(f"no recipe at `{path}`", hint=nearest(path.name, near) if near else None) from None
+    except IsADirectoryError:
+        raise UsageError(f"`{path}` is a folder, not a recipe") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"`{path}` is not UTF-8", where=f"byte {error.start}") from None
+    try:
+        raw = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise UsageError(f"`{path}` is not valid YAML", where=str(error)) from None
+    return parse_recipe(raw, where=str(path))
+
+
+def parse_recipe(raw: Any, *, where: str) -> Recipe:
+    """Build a recipe from plain data.
+
+    Args:
+        raw: what a YAML file or a manifest holds.
+        where: the file, for messages.
+
+    Raises:
+        UsageError: it is no recipe; the parameters of passes and exports are not looked at here.
+    """
+    if not isinstance(raw, dict):
+        raise UsageError("a recipe is a mapping", where=where, hint=f"its keys are {', '.join(_KEYS)}")
+    data = cast("dict[str, Any]", raw)
+    for key in data:
+        if key not in _KEYS:
+            raise UsageError(f"unknown key `{key}` in the recipe", where=where, hint=nearest(str(key), _KEYS))
+    if "model" not in data:
+        raise UsageError("the recipe names no model", where=where, hint="add a line `model: PATH`")
+    model = data["model"]
+    calibration = data.get("calibration")
+    seed = data.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise UsageError("seed must be a whole number", where=where)
+    return Recipe(
+        model=convert({"id": model} if isinstance(model, str) else model, ModelSpec, where=f"{where}, model"),
+        calibration=None if calibration is None else convert(calibration, CalibrationSpec, where=f"{where}, calibration"),
+        passes=_steps(data.get("passes"), where=f"{where}, passes"),
+        exports=_steps(data.get("exports"), where=f"{where}, exports"),
+        seed=seed,
+    )
+
+
+def dump_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as YAML."""
+    import yaml
+
+    try:
+        path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write the recipe to `{path}`", where=error.strerror) from None
+
+
+def _steps(raw: Any, *, where: str) -> tuple[Step, ...]:
+    if raw is None:
+        return ()
+    if not isinstance(raw, list):
+        raise UsageError("expected a list", where=where, hint="write one `- name: {parameter: value}` a line")
+    return tuple(_step(item, where=f"{where}[{index}]") for index, item in enumerate(cast("list[Any]", raw)))
+
+
+def _step(item: Any, *, where: str) -> Step:
+    if isinstance(item, str):
+        return Step(item)
+    if isinstance(item, dict):
+        entry = cast("dict[Any, Any]", item)
+        name, params = next(iter(entry.items())) if len(entry) == 1 else (None, None)
+        if isinstance(name, str) and (params is None or isinstance(params, dict)):
+            return Step(name, cast("dict[str, Any]", params or {}))
+    raise UsageError(
+        "a step is a name, or one name with its parameters", where=where, hint="for example `- gptq: {bits: 4}`"
+    )
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a recipe, made from the parameters' declarations."""
+    from ..exporters import EXPORTERS
+    from ..passes import PASSES
+
+    kinds: dict[str, dict[str, type[msgspec.Struct]]] = {
+        "passes": {name: PASSES.load(name).Params for name in PASSES},
+        "exports": {name: EXPORTERS.load(name).Params for name in EXPORTERS},
+    }
+    structs = [ModelSpec, CalibrationSpec, *(struct for group in kinds.values() for struct in group.values())]
+    schemas, definitions = msgspec.json.schema_components(structs, ref_template="#/$defs/{name}")
+    reference = dict(zip(structs, schemas, strict=True))
+
+    def steps(group: dict[str, type[msgspec.Struct]]) -> dict[str, Any]:
+        named = [
+            {
+                "type": "object",
+                "properties": {name: {"anyOf": [reference[struct], {"type": "null"}]}},
+                "required": [name],
+                "additionalProperties": False,
+            }
+            for name, struct in group.items()
+        ]
+        return {"type": "array", "items": {"anyOf": [{"enum": sorted(group)}, *named]}}
+
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "llmopt recipe",
+        "type": "object",
+        "properties": {
+            "model": {"anyOf": [{"type": "string"}, reference[ModelSpec]]},
+            "calibration": reference[CalibrationSpec],
+            **{key: steps(group) for key, group in kinds.items()},
+            "seed": {"type": "integer", "default": 0},
+        },
+        "required": ["model"],
+        "additionalProperties": False,
+        "$defs": definitions,
+    }

@@ -1,0 +1,208 @@
+"""Carrying out a plan: passes, exports, verification, manifest."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from .. import __version__
+from ..calibration.samples import Samples, load_samples
+from ..core.errors import UnmetError
+from ..core.exports import ExportContext
+from ..core.manifest import MANIFEST, ExportRecord, Manifest, Parity, PassRecord
+from ..core.passes import BlockPass, ModelPass, PassContext, PassResult
+from ..core.plan import Plan
+from ..core.progress import Reporter
+from ..models.checkpoint import Checkpoint
+from ..models.handle import TorchModel
+from ..models.locate import Location, locate
+from ..models.text import load_tokenizer
+from .output import Staging, file_records, readable, staging
+from .parity import ROWS, Reference, compare, make_reference
+from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
+from .sweep import run_sweep
+
+_VERSIONED = ("torch", "transformers", "compressed-tensors", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The model that a run starts from, and the text it is calibrated on."""
+
+    location: Location
+    checkpoint: Checkpoint
+    samples: Samples | None
+
+
+def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Manifest:
+    """Execute a plan and put the verified artifact at `output`.
+
+    Args:
+        plan: a checked plan.
+        output: the folder to write; appears whole or not at all.
+        force: replace a former artifact of ours.
+        reporter: shown progress.
+
+    Raises:
+        UsageError: the output must not be replaced, or the model or the data cannot be used.
+        UnmetError: an artifact is not the model that was exported; it lies at `OUTPUT.failed`.
+        LlmoptError: anything else that went wrong.
+    """
+    with staging(output, force=force) as stage:
+        location = locate(plan.recipe.model)
+        source = _Source(location, Checkpoint(location.folder), _load_samples(plan, location, reporter))
+        model = TorchModel.create(location, source.checkpoint, plan.facts, stage.work)
+        passes = passes_of(plan.recipe)
+        context = PassContext(seed=plan.recipe.seed, reporter=reporter)
+        model, results = _run_passes(model, passes, source.samples.rows if source.samples else [], context)
+        records = [_pass_record(one, result) for one, result in zip(passes, results, strict=True)]
+        exports = _run_exports(model, plan, source.samples, stage, reporter)
+        manifest = _manifest(plan, source, records, exports)
+        _write(manifest, stage.root)
+        readable(stage.root)
+        _refuse_unmet(exports, stage, output)
+        stage.commit()
+    return manifest
+
+
+def _load_samples(plan: Plan, location: Location, reporter: Reporter) -> Samples | None:
+    spec = plan.recipe.calibration
+    if spec is None:
+        return None
+    tokenizer = load_tokenizer(location.folder, trust_remote_code=location.trust_remote_code)
+    return load_samples(spec, tokenizer, seed=plan.recipe.seed, held_out=ROWS, reporter=reporter)
+
+
+def _run_passes(
+    model: TorchModel, passes: Sequence[AnyPass], rows: Sequence[Sequence[int]], context: PassContext
+) -> tuple[TorchModel, list[PassResult]]:
+    results: list[PassResult] = []
+    for group in sweeps(passes):
+        if isinstance(group[0], BlockPass):
+            results += run_sweep(model, cast("list[BlockPass[Any]]", group), rows, context)
+        else:
+            changed, result = cast("ModelPass[Any]", group[0]).run(model, context)
+            model = cast("TorchModel", changed)
+            results.append(result)
+        for one, result in zip(group, results[-len(group) :], strict=True):
+            for note in result.notes:
+                context.reporter.note(f"{one.name}: {note}")
+    return model, results
+
+
+def _run_exports(
+    model: TorchModel, plan: Plan, samples: Samples | None, stage: Staging, reporter: Reporter
+) -> list[ExportRecord]:
+    exporters = exporters_of(plan.recipe)
+    reference = make_reference(model, samples.held_out if samples else [], plan.recipe.seed)
+    records: list[ExportRecord] = []
+    for exporter in exporters:
+        directory = stage.root / exporter.name if len(exporters) > 1 else stage.root
+        directory.mkdir(exist_ok=True)
+        result = exporter.export(model, directory, ExportContext(reporter=reporter))
+        for note in result.notes:
+            reporter.note(f"{exporter.name}: {note}")
+        parity = _verify(exporter, model, directory, reference, reporter)
+        records.append(
+            ExportRecord(
+                name=exporter.name,
+                directory=directory.relative_to(stage.root).as_posix(),
+                params=msgspec.to_builtins(exporter.params),
+                notes=result.notes,
+                verification=parity,
+                files=file_records(directory),
+            )
+        )
+    return records
+
+
+def _verify(
+    exporter: AnyExporter, model: TorchModel, directory: Path, reference: Reference, reporter: Reporter
+) -> Parity:
+    with reporter.step(f"verifying {exporter.name} in {exporter.runtime}", 1) as step:
+        parity = compare(exporter, model, directory, reference)
+        step.advance(detail=in_words(parity))
+    return parity
+
+
+def in_words(parity: Parity) -> str:
+    """Return the figures of a comparison in a line."""
+    parts = [f"max difference {parity.max_difference:.3g}"]
+    if parity.mean_kl is not None:
+        parts.append(f"mean KL {parity.mean_kl:.3g}")
+    if parity.top1_agreement is not None:
+        parts.append(f"top-1 agreement {parity.top1_agreement:.2%}")
+    if parity.weights_equal is not None:
+        parts.append("weights equal bit for bit" if parity.weights_equal else "weights NOT equal")
+    return ", ".join(parts)
+
+
+def _refuse_unmet(exports: Sequence[ExportRecord], stage: Staging, output: Path) -> None:
+    unmet = [record for record in exports if record.verification is not None and not record.verification.passed]
+    if not unmet:
+        return
+    failed = stage.set_aside()
+    lines = [
+        f"{record.name} in {record.verification.runtime}: {in_words(record.verification)}; "
+        f"allowed {', '.join(f'{name} {limit:g}' for name, limit in record.verification.tolerance.items())}"
+        for record in unmet
+        if record.verification is not None
+    ]
+    raise UnmetError(
+        f"the artifact is not the model that was exported ({', '.join(record.name for record in unmet)})",
+        where="\n".join(lines),
+        hint=f"it lies at {failed} for a look; nothing was written to {output}",
+    )
+
+
+def _pass_record(one: AnyPass, result: PassResult) -> PassRecord:
+    return PassRecord(
+        name=one.name,
+        params=msgspec.to_builtins(one.params),
+        changed=result.changed,
+        skipped=[(skip.name, skip.reason) for skip in result.skipped],
+        metrics=result.metrics,
+        notes=result.notes,
+    )
+
+
+def _manifest(plan: Plan, source: _Source, passes: list[PassRecord], exports: list[ExportRecord]) -> Manifest:
+    samples = source.samples
+    return Manifest(
+        llmopt=__version__,
+        recipe=plan.recipe.to_dict(),
+        seed=plan.recipe.seed,
+        source={
+            "id": source.location.source,
+            "revision": source.location.revision,
+            "sha256": source.checkpoint.sha256(),
+            "architecture": plan.facts.architecture,
+            "dtype": plan.facts.dtype,
+            "parameters": plan.facts.parameters,
+            "bytes": plan.facts.bytes,
+        },
+        calibration=None
+        if samples is None
+        else {
+            "source": samples.source,
+            "samples": len(samples.rows),
+            "tokens": samples.tokens,
+            "documents": samples.documents,
+            "sha256": samples.sha256,
+        },
+        versions={"python": platform.python_version(), **{name: version(name) for name in _VERSIONED}},
+        passes=passes,
+        exports=exports,
+    )
+
+
+def _write(manifest: Manifest, root: Path) -> None:
+    text = json.dumps(msgspec.to_builtins(manifest), indent=2, ensure_ascii=False) + "\n"
+    (root / MANIFEST).write_text(text, encoding="utf-8")

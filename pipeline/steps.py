@@ -1,0 +1,78 @@
+"""From a recipe's names to passes and exporters, and the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from ..core.errors import UsageError
+from ..core.exports import Exporter
+from ..core.params import Params, convert
+from ..core.passes import BlockPass, Need, Pass
+from ..core.recipe import Recipe, Step
+from ..exporters import EXPORTERS
+from ..passes import PASSES
+
+AnyPass = Pass[Any]
+AnyExporter = Exporter[Any]
+
+
+def passes_of(recipe: Recipe) -> list[AnyPass]:
+    """Return the recipe's passes with their parameters.
+
+    Raises:
+        UsageError: an unknown pass or parameter, a wrong order, or something that a pass needs is not there.
+    """
+    passes: list[AnyPass] = []
+    for index, step in enumerate(recipe.passes):
+        where = f"pass {index + 1} of {len(recipe.passes)}, `{step.name}`"
+        made = PASSES.load(step.name, where=where)
+        for earlier in passes:
+            if earlier.name in made.not_after:
+                raise UsageError(
+                    f"`{step.name}` cannot come after `{earlier.name}`",
+                    where=where,
+                    hint=f"put `{step.name}` first" if step.name != earlier.name else f"keep one of the two `{step.name}`",
+                )
+        if Need.CALIBRATION in made.needs and recipe.calibration is None:
+            raise UsageError(
+                f"`{step.name}` needs calibration data",
+                where=where,
+                hint="name it with --calibration FILE, or `calibration: {data: FILE}` in the recipe",
+            )
+        passes.append(made(_params(step, made.Params, where)))
+    return passes
+
+
+def exporters_of(recipe: Recipe) -> list[AnyExporter]:
+    """Return the recipe's exporters with their parameters.
+
+    Raises:
+        UsageError: none, an unknown one, one named twice, or an unknown parameter.
+    """
+    if not recipe.exports:
+        raise UsageError("nothing to export", hint=f"name an export: {', '.join(EXPORTERS)}")
+    exporters: list[AnyExporter] = []
+    for index, step in enumerate(recipe.exports):
+        where = f"export {index + 1} of {len(recipe.exports)}, `{step.name}`"
+        made = EXPORTERS.load(step.name, where=where)
+        if any(other.name == step.name for other in exporters):
+            raise UsageError(f"`{step.name}` is exported twice", where=where, hint="one folder holds one of each")
+        exporters.append(made(_params(step, made.Params, where)))
+    return exporters
+
+
+def sweeps(passes: Sequence[AnyPass]) -> list[list[AnyPass]]:
+    """Group the passes: neighbouring block passes share one sweep, every other pass stands alone."""
+    groups: list[list[AnyPass]] = []
+    for one in passes:
+        if isinstance(one, BlockPass) and groups and isinstance(groups[-1][0], BlockPass):
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    return groups
+
+
+def _params(step: Step, kind: type[Params], where: str) -> Params:
+    raw = cast("dict[str, Any]", {key: tuple(value) if isinstance(value, list) else value for key, value in step.params.items()})
+    return convert(raw, kind, where=where)

@@ -1,0 +1,107 @@
+"""One sweep over the blocks, in which every block pass of a group has its turn.
+
+Load a block, run every pass on it, propagate the outputs of the finished block to the next, write what was made of it,
+free it. The runner, not the pass, sees to the contract: only the block's own layers change, and to finite weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..core.errors import LlmoptError, UsageError
+from ..core.passes import BlockPass, Need, PassContext, PassResult, Skip
+from ..core.patterns import matches
+from ..models.blocks import LoadedBlock, loaded
+from ..models.handle import TorchModel
+from ..models.replay import Replay
+from ..models.skeleton import Skeleton
+from ..models.text import batches
+
+
+def run_sweep(
+    model: TorchModel, passes: Sequence[BlockPass[Any]], rows: Sequence[Sequence[int]], context: PassContext
+) -> list[PassResult]:
+    """Run block passes over all blocks; what they make goes to the model's store.
+
+    Args:
+        model: the model.
+        passes: in order.
+        rows: calibration samples as token ids; empty when no pass needs them.
+        context: seed, target, reporter.
+
+    Returns:
+        For each pass, what it did.
+    """
+    skeleton = model.skeleton()
+    calibrated = any(Need.CALIBRATION in one.needs for one in passes)
+    replay = _replay(skeleton, rows) if calibrated else None
+    results = [PassResult() for _ in passes]
+    title = " + ".join(one.name for one in passes)
+    last = skeleton.sites[-1]
+    with context.reporter.step(title, len(skeleton.sites)) as step, skeleton.outside_on_demand(model.read):
+        for stack in skeleton.stacks:
+            for site in stack:
+                with loaded(skeleton, site, model.read, model.facts.dtype, replay) as block:
+                    for one, result in zip(passes, results, strict=True):
+                        result.absorb(_run(one, block, context))
+                    if replay is not None and site is not last:
+                        replay.finish(site, first=site is stack[0])
+                    model.store.put(block.name, block.results)
+                step.advance(detail=site.name)
+    return results
+
+
+def _replay(skeleton: Skeleton, rows: Sequence[Sequence[int]]) -> Replay:
+    if skeleton.model.main_input_name != "input_ids":
+        raise UsageError(
+            f"{type(skeleton.model).__name__} takes {skeleton.model.main_input_name}, calibration data is text",
+            hint="use rtn, which needs no calibration data",
+        )
+    return Replay(skeleton, batches(rows, decoder=bool(skeleton.config.is_encoder_decoder)))
+
+
+def _run(one: BlockPass[Any], block: LoadedBlock, context: PassContext) -> PassResult:
+    skips: list[Skip] = []
+    chosen = list(block.linears)
+    for linear in block.linears:
+        pattern = next((pattern for pattern in one.ignored() if matches(linear.name, pattern)), None)
+        if pattern is not None:
+            chosen.remove(linear)
+            skips.append(Skip(linear.name, f"ignored by `{pattern}`"))
+    grid = one.grid()
+    if grid is not None:
+        _check_grid(one, block, [linear.in_features for linear in chosen], grid.divides)
+    result = one.run_block(block, chosen, context)
+    result.skipped = [*skips, *result.skipped]
+    _check(one, block, result)
+    return result
+
+
+def _check_grid(one: BlockPass[Any], block: LoadedBlock, widths: list[int], divides: Any) -> None:
+    """Catch what the shard headers did not show, such as experts stored in one 3-D tensor."""
+    bad = next((width for width in widths if not divides(width)), None)
+    if bad is not None:
+        linear = next(linear for linear in block.linears if linear.in_features == bad)
+        raise UsageError(
+            f"cannot group `{linear.name}`",
+            where=f"pass `{one.name}`: its {bad} input features are not a multiple of the group size",
+            hint=f'use --group-size channel, or leave it out with --ignore "*.{linear.name.rpartition(".")[2]}"',
+        )
+
+
+def _check(one: BlockPass[Any], block: LoadedBlock, result: PassResult) -> None:
+    known = {linear.name: linear for linear in block.linears}
+    for name in result.changed:
+        if name not in known:
+            raise LlmoptError(f"pass `{one.name}` says it changed `{name}`, which is not in {block.name}")
+        if not bool(torch.isfinite(block.weight(known[name])).all()):
+            raise LlmoptError(
+                f"pass `{one.name}` made NaN or Inf in `{name}`",
+                hint="leave the layer out with --ignore, and report this as a defect",
+            )
+    untold = {linear.name for linear in block.results} - set(result.changed)
+    if untold and len(block.results) == len(known):
+        raise LlmoptError(f"pass `{one.name}` changed {', '.join(sorted(untold))} without saying so")

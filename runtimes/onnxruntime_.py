@@ -1,0 +1,178 @@
+"""ONNX Runtime: opens `model.onnx`, and generates with a graph that has a cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..core.errors import LlmoptError
+from ..core.runtime import Arrays, Runtime, Session
+from .versions import installed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+GRAPH = "model.onnx"
+_PAST, _PRESENT = "past_key_values.", "present."
+
+
+class OnnxRuntime(Runtime):
+    """The CPU engine of ONNX Runtime."""
+
+    name: ClassVar[str] = "onnxruntime"
+
+    def version(self) -> str:
+        """Return name and version."""
+        return installed("onnxruntime")
+
+    def opens(self, directory: Path) -> bool:
+        """Return whether there is a graph, and no GenAI configuration beside it."""
+        return (directory / GRAPH).is_file() and not (directory / "genai_config.json").is_file()
+
+    def open(self, directory: Path, *, threads: int | None = None) -> OnnxSession:
+        """Load the graph.
+
+        Raises:
+            LlmoptError: it does not load.
+        """
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+        with engine_errors(f"`{GRAPH}` does not load", directory):
+            session = onnxruntime.InferenceSession(str(directory / GRAPH), options, providers=["CPUExecutionProvider"])
+        return OnnxSession(session, directory)
+
+
+class OnnxSession(Session):
+    """A graph, loaded."""
+
+    def __init__(self, session: Any, directory: Path) -> None:
+        self._session = session
+        self._directory = directory
+        self._inputs = {value.name: value for value in session.get_inputs()}
+        self._outputs = [value.name for value in session.get_outputs()]
+
+    def outputs(self, inputs: Arrays) -> Arrays:
+        """Run one forward pass; a mask, positions and an empty cache are supplied where the graph asks for them.
+
+        Raises:
+            LlmoptError: the graph asks for an input that is not there, or the run fails.
+        """
+        results = self._run(inputs, past=None)
+        return {name: value for name, value in results.items() if not name.startswith(_PRESENT)}
+
+    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Continue a prompt greedily, with the graph's cache where it has one.
+
+        Raises:
+            LlmoptError: the graph is no language model.
+        """
+        import numpy as np
+
+        if "logits" not in self._outputs or "input_ids" not in self._inputs:
+            raise LlmoptError(
+                "the artifact does not generate text",
+                where=f"inputs {', '.join(self._inputs)}; outputs {', '.join(self._outputs)}",
+            )
+        if "decoder_input_ids" in self._inputs:
+            return self._generate_decoder(prompt, max_new_tokens)
+        tokens = list(prompt)
+        past: dict[str, Any] | None = None
+        for _ in range(max_new_tokens):
+            fresh = tokens if past is None else tokens[-1:]
+            results = self._run({"input_ids": np.asarray([fresh], np.int64)}, past=past)
+            tokens.append(int(results["logits"][0, -1].argmax()))
+            past = {_PAST + name.removeprefix(_PRESENT): results[name] for name in results if name.startswith(_PRESENT)}
+            past = past or None
+        return tokens[len(prompt) :]
+
+    def close(self) -> None:
+        """Free the engine's session."""
+        self._session = None
+
+    def _generate_decoder(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        import numpy as np
+
+        source = np.asarray([prompt], np.int64)
+        tokens = [self._decoder_start()]
+        for _ in range(max_new_tokens):
+            inputs = {"input_ids": source, "decoder_input_ids": np.asarray([tokens], np.int64)}
+            tokens.append(int(self._run(inputs, past=None)["logits"][0, -1].argmax()))
+        return tokens[1:]
+
+    def _decoder_start(self) -> int:
+        config = json.loads((self._directory / "config.json").read_text(encoding="utf-8"))
+        start = config.get("decoder_start_token_id")
+        if start is None:
+            raise LlmoptError("config.json has no decoder_start_token_id", where=str(self._directory))
+        return int(start)
+
+    def _run(self, inputs: Arrays, past: Mapping[str, Any] | None) -> dict[str, np.ndarray[Any, Any]]:
+        feed = {name: self._typed(name, value) for name, value in inputs.items() if name in self._inputs}
+        feed |= past or {}
+        feed |= self._supplied(inputs, feed)
+        missing = sorted(set(self._inputs) - set(feed))
+        if missing:
+            raise LlmoptError(f"the graph needs the input(s) {', '.join(missing)}", where=str(self._directory))
+        with engine_errors("the graph does not run", self._directory):
+            return dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
+
+    def _typed(self, name: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        return np.asarray(value, _dtype(self._inputs[name].type))
+
+    def _supplied(self, inputs: Arrays, feed: Mapping[str, Any]) -> dict[str, Any]:
+        """Make the inputs that follow from the tokens: mask, positions, token types and an empty cache."""
+        import numpy as np
+
+        main = next((feed[name] for name in ("input_ids", "input_features", "pixel_values") if name in feed), None)
+        batch = 1 if main is None else main.shape[0]
+        made: dict[str, Any] = {}
+        for name, value in self._inputs.items():
+            if name.startswith(_PAST) and name not in feed:
+                made[name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), _dtype(value.type))
+        caches = [value for name, value in {**feed, **made}.items() if name.startswith(_PAST)]
+        done = caches[0].shape[2] if caches else 0
+        if main is None or "input_ids" not in feed:
+            return made
+        length = main.shape[1]
+        mask = np.asarray(inputs.get("attention_mask", np.ones((batch, done + length), np.int64)))
+        supplied = {
+            "attention_mask": mask,
+            "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -length:],
+            "token_type_ids": np.zeros((batch, length), np.int64),
+        }
+        for name, value in supplied.items():
+            if name in self._inputs and name not in feed:
+                made[name] = self._typed(name, value)
+        return made
+
+
+@contextmanager
+def engine_errors(what: str, directory: Path) -> Iterator[None]:
+    """Turn an error of ONNX Runtime or ORT GenAI into ours, with the engine's message in `where`."""
+    try:
+        yield
+    # The engines' own exceptions derive from RuntimeError or straight from Exception, by the version and the fault.
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise LlmoptError(what, where=f"{directory}\n{error}") from error
+    except Exception as error:
+        if "onnxruntime" not in type(error).__module__:
+            raise
+        raise LlmoptError(what, where=f"{directory}\n{error}") from error
+
+
+def _dtype(kind: str) -> Any:
+    """Return numpy's dtype for ONNX Runtime's `tensor(float)`."""
+    import numpy as np
+
+    name = kind.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32", "double": "float64"}.get(name, name))

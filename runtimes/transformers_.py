@@ -1,0 +1,102 @@
+"""transformers: a Hugging Face folder, plain or compressed-tensors, opened with `from_pretrained`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import LlmoptError
+from ..core.runtime import Arrays, Runtime, Session
+
+
+class TransformersSession(Session):
+    """A model that `from_pretrained` has loaded.
+
+    Args:
+        model: the transformers model, in eval mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model: Any = model
+
+    def outputs(self, inputs: Arrays) -> Arrays:
+        """Run one full forward pass without past; see `core.runtime.Session`."""
+        import numpy as np
+        import torch
+
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+        with torch.inference_mode():
+            made = self.model(**tensors, return_dict=True)
+        return {name: value.float().numpy() for name, value in made.items() if isinstance(value, torch.Tensor)}
+
+    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Continue `prompt` greedily; see `core.runtime.Session`."""
+        import torch
+
+        if not self.model.can_generate():
+            raise LlmoptError(f"{type(self.model).__name__} does not generate text")
+        ids = torch.tensor([list(prompt)])
+        made = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=1.0,
+            pad_token_id=0,
+        )
+        return made[0, len(prompt) :].tolist()
+
+    def close(self) -> None:
+        """Free the model."""
+        self.model = None
+
+
+class Transformers(Runtime):
+    """The transformers library on this machine's CPU, computing in float32."""
+
+    name = "transformers"
+
+    def version(self) -> str:
+        """Return name and version."""
+        from importlib.metadata import version
+
+        return f"transformers {version('transformers')}"
+
+    def opens(self, directory: Path) -> bool:
+        """Return whether `directory` is a Hugging Face model folder with safetensors."""
+        return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+
+    def open(self, directory: Path, *, threads: int | None = None) -> TransformersSession:
+        """Load the folder with `from_pretrained`, in float32."""
+        import torch
+        import transformers
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        name = (config.get("architectures") or [""])[0]
+        kind = getattr(transformers, name, None) or transformers.AutoModel
+        level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            model, info = kind.from_pretrained(
+                directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise LlmoptError(
+                f"transformers does not load `{directory}`", where=f"{type(error).__name__}: {error}"[:2000]
+            ) from error
+        finally:
+            transformers.logging.set_verbosity(level)
+        missing = [str(key) for key in (info.get("missing_keys") or ())]
+        if missing or info.get("mismatched_keys"):
+            wrong = missing or [str(key) for key in info["mismatched_keys"]]
+            raise LlmoptError(
+                f"transformers finds weights missing in `{directory}`", where=", ".join(sorted(wrong)[:5])
+            )
+        return TransformersSession(model.eval())

@@ -1,0 +1,190 @@
+"""A model in memory that implements `core.exports.ExportableModel`, and tiny models of many families."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmopt.core.facts import LinearFacts, ModelFacts
+from llmopt.core.quantized import Grid, QuantizedWeight
+
+
+def round_to_nearest(weight: torch.Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
+    """Quantize (out, in) by rounding to the nearest code."""
+    rows, columns = weight.shape
+    width = grid.group_width(columns)
+    groups = weight.float().reshape(rows, columns // width, width)
+    if grid.group_size == "tensor":
+        groups = groups.reshape(1, 1, -1)
+    if grid.symmetric:
+        scale = (groups.abs().amax(-1) / (grid.midpoint - 0.5)).clamp_min(1e-8).to(dtype)
+        zero = torch.full_like(scale, grid.midpoint).float()
+    else:
+        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+        scale = ((high - low) / (grid.levels - 1)).clamp_min(1e-8).to(dtype)
+        zero = (-low / scale.float()).round().clamp(0, grid.levels - 1)
+    codes = (groups / scale.float().unsqueeze(-1) + zero.unsqueeze(-1)).round().clamp(0, grid.levels - 1)
+    codes = codes.to(torch.uint8).reshape(rows, columns)
+    return QuantizedWeight(codes, scale, None if grid.symmetric else zero.to(torch.uint8), grid)
+
+
+class StandIn:
+    """An exportable model over a transformers model in memory; quantized layers are rounded to the nearest."""
+
+    def __init__(self, model: Any, grids: Mapping[str, Grid] | None = None, tokenizer: Any = None) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.weights = {}
+        for name, grid in (grids or {}).items():
+            parameter = model.get_parameter(f"{name}.weight")
+            matrix = parameter.data.T if is_transposed(model.get_submodule(name)) else parameter.data
+            weight = round_to_nearest(matrix, grid, parameter.dtype)
+            self.weights[name] = weight
+            value = weight.dequantize()
+            parameter.data.copy_(value.T if is_transposed(model.get_submodule(name)) else value)
+
+    @property
+    def facts(self) -> ModelFacts:
+        config = json.loads(self.model.config.to_json_string(use_diff=False))
+        parameters = sum(value.numel() for value in self.model.parameters())
+        linears = tuple(LinearFacts(name=n, out_features=o, in_features=i) for n, (o, i) in linears_of(self.model))
+        return ModelFacts(
+            source="memory",
+            model_type=self.model.config.model_type,
+            architecture=type(self.model).__name__,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            parameters=parameters,
+            bytes=4 * parameters,
+            largest_block_bytes=0,
+            outside_bytes=0,
+            blocks=2,
+            linears=linears,
+            has_tokenizer=self.tokenizer is not None,
+            config=config,
+        )
+
+    def cast(self, dtype: str) -> StandIn:
+        raise NotImplementedError
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | QuantizedWeight]]:
+        raise NotImplementedError
+
+    @property
+    def quantized(self) -> Mapping[str, Grid]:
+        return {name: weight.grid for name, weight in self.weights.items()}
+
+    def quantized_weight(self, name: str) -> QuantizedWeight:
+        return self.weights[name]
+
+    def materialize(self, dtype: str = "float32") -> Any:
+        return self.model.to(getattr(torch, dtype))
+
+    def save_side_files(self, directory: Path, *, config_changes: Mapping[str, Any] | None = None) -> None:
+        config = self.model.config.to_dict() | {"architectures": [type(self.model).__name__]} | (config_changes or {})
+        (directory / "config.json").write_text(json.dumps(config, default=str, indent=2))
+        if self.model.can_generate():
+            self.model.generation_config.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
+
+
+def is_transposed(module: Any) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def linears_of(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield (name, (out, in)) of the linear layers inside repeated blocks."""
+    for name, module in model.named_modules():
+        if any(part.isdigit() for part in name.split(".")):
+            if isinstance(module, torch.nn.Linear):
+                yield name, (module.out_features, module.in_features)
+            elif is_transposed(module):
+                yield name, (module.weight.shape[1], module.weight.shape[0])
+
+
+def quantized_standin(model: Any, grid: Grid, tokenizer: Any = None) -> StandIn:
+    return StandIn(model, {name: grid for name, (_, width) in linears_of(model) if grid.divides(width)}, tokenizer)
+
+
+# A vocabulary unlike any layer's width: GenAI's builder takes a layer as wide as the vocabulary for the head.
+_LLAMA = {
+    "vocab_size": 272,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_WINDOW = {"head_dim": 16, "sliding_window": 8}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("AutoModelForCausalLM", _LLAMA),
+    "qwen2": ("AutoModelForCausalLM", _LLAMA),
+    "qwen3": ("AutoModelForCausalLM", _LLAMA | {"head_dim": 16}),
+    "mistral": ("AutoModelForCausalLM", _LLAMA | {"head_dim": 16, "sliding_window": None}),
+    "phi3": ("AutoModelForCausalLM", _LLAMA | {"original_max_position_embeddings": 128}),
+    "gemma2": ("AutoModelForCausalLM", _LLAMA | _WINDOW),
+    "gemma3_text": ("AutoModelForCausalLM", _LLAMA | _WINDOW),
+    "gpt2": (
+        "AutoModelForCausalLM",
+        {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1}
+        | {"eos_token_id": 2},
+    ),
+    "gpt_neox": ("AutoModelForCausalLM", _LLAMA),
+    "opt": (
+        "AutoModelForCausalLM",
+        {"vocab_size": 256, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"max_position_embeddings": 128, "word_embed_proj_dim": 64, "pad_token_id": 1},
+    ),
+    "mixtral": ("AutoModelForCausalLM", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "AutoModelForCausalLM",
+        _LLAMA | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
+    "bert": ("AutoModelForSequenceClassification", _LLAMA),
+    "roberta": ("AutoModelForSequenceClassification", _LLAMA),
+    "distilbert": (
+        "AutoModelForSequenceClassification",
+        {"vocab_size": 256, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128},
+    ),
+    "vit": (
+        "AutoModelForImageClassification",
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"image_size": 32, "patch_size": 8},
+    ),
+    "t5": (
+        "AutoModelForSeq2SeqLM",
+        {"vocab_size": 256, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+        | {"decoder_start_token_id": 0},
+    ),
+    "whisper": (
+        "AutoModelForSpeechSeq2Seq",
+        {"vocab_size": 256, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
+        | {"decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_source_positions": 50}
+        | {"max_target_positions": 64, "num_mel_bins": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        | {"decoder_start_token_id": 3, "suppress_tokens": None, "begin_suppress_tokens": None},
+    ),
+}
+
+
+def tiny(family: str, **changes: Any) -> Any:
+    """Return a random float32 model of a family; weights three times as wide as usual, so that outputs differ."""
+    import transformers
+
+    auto, config = FAMILIES[family]
+    torch.manual_seed(0)
+    made = transformers.AutoConfig.for_model(family, **(config | changes))
+    model = getattr(transformers, auto).from_config(made).eval().float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(3)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    return model
