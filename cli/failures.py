@@ -90,7 +90,8 @@ def _usage(error: Any) -> UsageError:
     if text == "missing command":
         return UsageError("no command given", hint="`llmopt --help` lists the commands")
     if text.startswith("got unexpected extra argument"):
-        return UsageError(f"unexpected argument {text.partition('(')[2].removeprefix('s) (').rstrip(')')}", hint=help_hint)
+        rest = text.partition("(")[2].removeprefix("s) (").rstrip(")")
+        return UsageError(f"unexpected argument {rest}", hint=help_hint)
     return UsageError(text, hint=help_hint)
 
 

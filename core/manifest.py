@@ -1,4 +1,4 @@
-"""`llmopt.json`: what an artifact is made of, and how that was proved. No times: the same build gives the same bytes."""
+"""`llmopt.json`: what an artifact is made of, and how that was proved. No times, so that builds repeat."""
 
 from __future__ import annotations
 

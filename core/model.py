@@ -60,7 +60,7 @@ class Block(Protocol):
 
     @property
     def dtype(self) -> str:
-        """The dtype in which the block's weights are stored, and so the dtype of scales: "float32", "bfloat16"…"""
+        """The dtype in which the block's weights are stored, and so the dtype of scales, such as "bfloat16"."""
         ...
 
     def weight(self, linear: Linear) -> Tensor:

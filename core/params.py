@@ -6,7 +6,7 @@ command-line options, the recipe's JSON Schema and docs/passes.md are generated 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 from msgspec import Meta
@@ -45,11 +45,10 @@ def convert(raw: Any, kind: type[T], *, where: str) -> T:
     """
     if isinstance(raw, dict) and issubclass(kind, msgspec.Struct):
         known = kind.__struct_encode_fields__
-        for key in raw:  # pyright: ignore[reportUnknownVariableType]
+        for key in cast("dict[Any, Any]", raw):
             if key not in known:
-                raise UsageError(
-                    f"unknown parameter `{key}`", where=where, hint=nearest(str(key), known) if known else None
-                )
+                hint = nearest(str(key), known) if known else None
+                raise UsageError(f"unknown parameter `{key}`", where=where, hint=hint)
     try:
         return msgspec.convert(raw, kind, strict=True)
     except msgspec.ValidationError as error:

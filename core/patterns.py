@@ -10,9 +10,9 @@ from .errors import UsageError, nearest
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Return whether `name`, or one of its parents, matches `pattern`.
+    r"""Return whether `name`, or one of its parents, matches `pattern`.
 
-    `lm_head`, `*.down_proj` and `model.layers.0` are globs; `re:.*layers\\.[0-3]\\..*` is a regular expression for the
+    `lm_head`, `*.down_proj` and `model.layers.0` are globs; `re:.*layers\.[0-3]\..*` is a regular expression for the
     whole name.
     """
     if pattern.startswith("re:"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -19,7 +19,7 @@ class Reporter(Protocol):
     """Receives what the user should see on stderr."""
 
     @contextmanager
-    def step(self, title: str, total: int) -> Iterator[Step]:
+    def step(self, title: str, total: int) -> Generator[Step]:
         """Open a piece of long work."""
         ...
 
@@ -41,7 +41,7 @@ class Silent:
     """A reporter that shows nothing."""
 
     @contextmanager
-    def step(self, title: str, total: int) -> Iterator[Step]:
+    def step(self, title: str, total: int) -> Generator[Step]:  # noqa: ARG002
         """Open a piece of long work."""
         yield _SilentStep()
 

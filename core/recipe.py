@@ -10,7 +10,7 @@ from msgspec import Meta
 from .params import Params
 
 
-class ModelSpec(Params):
+class ModelSpec(Params, frozen=True, kw_only=True):
     """Where the model comes from."""
 
     id: Annotated[str, Meta(description="A local folder or a hub id.")]
@@ -18,7 +18,7 @@ class ModelSpec(Params):
     trust_remote_code: Annotated[bool, Meta(description="Run Python code that comes with the model.")] = False
 
 
-class CalibrationSpec(Params):
+class CalibrationSpec(Params, frozen=True, kw_only=True):
     """Text that the statistics of the passes are taken from."""
 
     data: Annotated[

@@ -74,9 +74,7 @@ class Comparison:
         self._logits += expected.shape[0]
         self.positions += expected.shape[0]
 
-    def result(
-        self, *, runtime: str, samples: str, weights_equal: bool | None, tolerance: Tolerance
-    ) -> Parity:
+    def result(self, *, runtime: str, samples: str, weights_equal: bool | None, tolerance: Tolerance) -> Parity:
         """Return the figures and whether all are within `tolerance`."""
         kl = self._kl / self._logits if self._logits else None
         passed = self.finite and self.positions > 0 and weights_equal is not False

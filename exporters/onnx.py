@@ -10,27 +10,28 @@ go in, `logits` and `present.N.key|value` come out.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from msgspec import Meta
 
-from ..core.errors import UsageError
 from ..core.exports import ExportableModel, ExportContext, Exporter, ExportResult
-from ..core.facts import ModelFacts
 from ..core.params import Params
-from ..core.quantized import Grid
 from .onnx_codes import Activations, carry_codes, check_layout, codes_equal
 from .onnx_trace import captured, trace
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import onnx_ir as ir
+
+    from ..core.facts import ModelFacts
+    from ..core.quantized import Grid
 
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 
 
-class OnnxParams(Params):
+class OnnxParams(Params, frozen=True):
     """How the graph is made."""
 
     cache: Annotated[
@@ -55,10 +56,10 @@ class Onnx(Exporter[OnnxParams]):
     Params: ClassVar[type[Params]] = OnnxParams
 
     def check(self, facts: ModelFacts, grid: Grid | None) -> None:
-        """Refuse grids without a container, and quantized experts, which the graph multiplies inside a loop.
+        """Refuse grids that ONNX Runtime cannot compute with.
 
         Raises:
-            UsageError: the grid or the layers do not fit.
+            UsageError: with the group sizes that it can.
         """
         check_layout(facts, grid, format_name=self.name)
 
@@ -113,11 +114,8 @@ def share_transposed(model: ir.Model) -> None:
     import numpy as np
     import onnx_ir as ir
 
-    tables = {
-        node.inputs[0]
-        for node in model.graph
-        if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].is_initializer()
-    }
+    first = [node.inputs[0] for node in model.graph if node.op_type == "Gather"]
+    tables = dict.fromkeys(value for value in first if value is not None and value.is_initializer())
     for node in list(model.graph):
         matrix = node.inputs[1] if node.op_type == "MatMul" else None
         if matrix is None or not matrix.is_initializer() or matrix.const_value is None:
@@ -128,7 +126,7 @@ def share_transposed(model: ir.Model) -> None:
                 continue
             if np.array_equal(tensor.numpy(), matrix.const_value.numpy().T):
                 transpose = ir.node("Transpose", [table], attributes={"perm": [1, 0]})
-                transpose.outputs[0].dtype, transpose.outputs[0].shape = matrix.dtype, matrix.shape
+                transpose.outputs[0].type, transpose.outputs[0].shape = matrix.type, matrix.shape
                 model.graph.insert_before(node, transpose)
                 node.replace_input_with(1, transpose.outputs[0])
                 if not matrix.uses():

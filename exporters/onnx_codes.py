@@ -7,12 +7,9 @@ depends on names, and a graph that does not hold our weights cannot pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..core.errors import LlmoptError, UsageError
-from ..core.facts import ModelFacts
 from ..core.quantized import Grid, QuantizedWeight
 from .onnx_nbits import (
     Blocks,
@@ -24,11 +21,16 @@ from .onnx_nbits import (
     unpack_codes,
     unpack_zero_points,
 )
+from .onnx_products import Product, constant, products
 from .row_index import Origin, RowIndex
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     import numpy as np
     import onnx_ir as ir
+
+    from ..core.facts import ModelFacts
 
     Array = np.ndarray[Any, Any]
 
@@ -49,31 +51,6 @@ class QuantizedSource(Protocol):
     def quantized_weight(self, name: str) -> QuantizedWeight:
         """Read one of them."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """A node that multiplies its first input by a constant matrix.
-
-    Attributes:
-        node: the MatMul or Gemm.
-        constant: the value that holds the matrix.
-        by_rows: the matrix is stored (out, in), not (in, out).
-        bias: added to the product.
-    """
-
-    node: ir.Node
-    constant: ir.Value
-    by_rows: bool
-    bias: ir.Value | None
-
-    def matrix(self) -> Array:
-        """Read the matrix, (out, in)."""
-        import numpy as np
-
-        stored = _constant(self.constant)
-        assert stored is not None
-        return np.ascontiguousarray(stored.numpy() if self.by_rows else stored.numpy().T)
 
 
 def check_layout(facts: ModelFacts, grid: Grid | None, *, format_name: str) -> None:
@@ -110,25 +87,22 @@ def carry_codes(model: ir.Model, source: QuantizedSource, *, activations: Activa
 
     # First, so that a layer counts as found only where it reaches an output.
     RemoveUnusedNodesPass()(model)
-    products = list(_products(model))
-    dtypes = sorted({str(_constant(product.constant).dtype) for product in products})  # type: ignore[union-attr]
-    indexes = {dtype: _index(source, dtype) for dtype in dtypes if dtype in ("FLOAT", "FLOAT16")}
-    carried: dict[int, tuple[list[ir.Value | None], dict[str, int]]] = {}
-    for product in products:
-        tensor = _constant(product.constant)
-        assert tensor is not None
-        index = indexes.get(str(tensor.dtype))
+    found = list(products(model))
+    dtypes = sorted({product.dtype for product in found} & {"FLOAT", "FLOAT16"})
+    indexes = {dtype: _index(source, dtype) for dtype in dtypes}
+    carried: dict[tuple[int, int], tuple[list[ir.Value | None], dict[str, int]]] = {}
+    for product in found:
+        index = indexes.get(product.dtype)
         if index is None:
             continue
-        key = id(product.constant)
-        if key not in carried:
+        if product.key not in carried:
             matrix = product.matrix()
             origin = index.find(matrix)
             if origin is None:
                 continue
             blocks = _gather(source, index, origin, matrix)
-            carried[key] = _initializers(model.graph, blocks, _name(index, origin), str(matrix.dtype))
-        _replace(product, *carried[key], activations)
+            carried[product.key] = _initializers(model.graph, blocks, _name(index, origin))
+        _replace(product, *carried[product.key], activations)
     missing = set(source.quantized).intersection(*(index.missing() for index in indexes.values()))
     if missing or (source.quantized and not indexes):
         raise _not_found(sorted(missing or source.quantized), model)
@@ -145,7 +119,7 @@ def read_codes(model: ir.Model) -> Iterator[tuple[str, Blocks]]:
             continue
         bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
         width, height = node.attributes["K"].as_int(), node.attributes["N"].as_int()
-        parts = [_constant(value) if value is not None else None for value in node.inputs[1:4]]
+        parts = [constant(value) if value is not None else None for value in node.inputs[1:4]]
         packed, scales, zeros = (None if part is None else part.numpy() for part in [*parts, None][:3])
         if packed is None or scales is None:
             continue
@@ -216,33 +190,6 @@ def _has_twin(source: QuantizedSource, index: RowIndex, blocks: Blocks, row: int
         ):
             return True
     return False
-
-
-def _products(model: ir.Model) -> Iterator[_Product]:
-    """Yield the products with a constant matrix, those inside loops and branches included."""
-    for node in list(model.graph.all_nodes()):
-        if len(node.inputs) < 2 or node.inputs[1] is None:
-            continue
-        second, by_rows = node.inputs[1], False
-        if node.op_type == "Gemm" and node.domain == "":
-            plain = node.attributes.get_float("alpha", 1.0) == 1.0 and node.attributes.get_float("beta", 1.0) == 1.0
-            if not plain or node.attributes.get_int("transA", 0):
-                continue
-            by_rows = bool(node.attributes.get_int("transB", 0))
-        elif node.op_type != "MatMul" or node.domain != "":
-            continue
-        producer = second.producer()
-        if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
-            second, by_rows = producer.inputs[0], not by_rows
-        tensor = _constant(second)
-        if tensor is not None and len(tensor.shape) == 2:
-            yield _Product(node, second, by_rows, node.inputs[2] if len(node.inputs) > 2 else None)
-
-
-def _constant(value: ir.Value) -> ir.TensorProtocol | None:
-    import onnx_ir as ir
-
-    return ir.convenience.get_const_tensor(value)
 
 
 def _dequantized(weight: QuantizedWeight, scale_dtype: str) -> Array:
@@ -336,9 +283,7 @@ def _name(index: RowIndex, origin: Origin) -> str:
     return "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
 
 
-def _initializers(
-    graph: ir.Graph, blocks: Blocks, name: str, dtype: str
-) -> tuple[list[ir.Value | None], dict[str, int]]:
+def _initializers(graph: ir.Graph, blocks: Blocks, name: str) -> tuple[list[ir.Value | None], dict[str, int]]:
     """Store packed codes, scales and zero points; return them as inputs, with the sizes as attributes."""
     import onnx_ir as ir
 
@@ -364,9 +309,7 @@ def _initializers(
     return inputs, {"K": in_features, "N": out_features, "bits": blocks.bits, "block_size": blocks.block}
 
 
-def _replace(
-    product: _Product, weights: list[ir.Value | None], sizes: dict[str, int], activations: Activations
-) -> None:
+def _replace(product: Product, weights: list[ir.Value | None], sizes: dict[str, int], activations: Activations) -> None:
     import onnx_ir as ir
 
     old = product.node
@@ -381,7 +324,7 @@ def _replace(
         name=f"{old.name or old.outputs[0].name}_codes",
     )
     result, replaced = new.outputs[0], old.outputs[0]
-    result.dtype, result.shape, result.name = replaced.dtype, replaced.shape, replaced.name
+    result.type, result.shape, result.name = replaced.type, replaced.shape, replaced.name
     assert old.graph is not None
     old.graph.insert_before(old, new)
     replaced.replace_all_uses_with(result, replace_graph_outputs=True)

@@ -12,24 +12,26 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
 from ..core.errors import LlmoptError, UsageError
 from ..core.exports import ExportableModel, ExportContext, Exporter, ExportResult
-from ..core.facts import ModelFacts
 from ..core.params import Params
-from ..core.quantized import Grid
 from .onnx_codes import Activations, carry_codes, check_layout, codes_equal
 from .onnx_genai_builder import build, known_architectures, rope_fault
 from .onnx_trace import captured
+
+if TYPE_CHECKING:
+    from ..core.facts import ModelFacts
+    from ..core.quantized import Grid
 
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 
 
-class OnnxGenAIParams(Params):
+class OnnxGenAIParams(Params, frozen=True):
     """What the folder is built for."""
 
     target: Annotated[Literal["cpu", "cuda"], Meta(description="Where it will run.")] = "cpu"

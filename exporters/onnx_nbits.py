@@ -11,14 +11,15 @@ ONNX Runtime 1.31, which refuses every other number of bits and block size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..core.quantized import Grid, QuantizedWeight
-
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
+
+    from ..core.quantized import Grid, QuantizedWeight
 
     Array = np.ndarray[Any, Any]
 
@@ -97,7 +98,7 @@ def to_blocks(weight: QuantizedWeight, bits: int, block: int) -> Blocks:
     count = -(-in_features // block)
     width = weight.grid.group_width(in_features)
     group = np.arange(count) * block // width
-    scale, zero = (np.broadcast_to(part, (out_features, part.shape[1]))[:, group] for part in (scale, zero))
+    scale, zero = (np.broadcast_to(part, (out_features, part.shape[-1]))[:, group] for part in (scale, zero))
     return Blocks(weight.codes.numpy(), scale, zero, bits, block)
 
 

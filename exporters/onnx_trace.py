@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,8 @@ from ..core.errors import LlmoptError
 from .dummy_inputs import PAST, Sample, sample_inputs
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import onnx_ir as ir
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ def trace(model: Any, *, cache: bool, opset: int | None = None) -> ir.Model:
     graph_model = _export(model, inputs | {"use_cache": cache, "return_dict": True}, shapes, opset)
     if cache:
         _rename_cache(graph_model.graph, type(model).__name__)
+    else:
+        _drop_cache(graph_model.graph)
     _name_axes(graph_model.graph, sample)
     _forget_origin(graph_model)
     return graph_model
@@ -75,7 +78,8 @@ def captured(title: str) -> Iterator[None]:
 def _export(model: Any, inputs: dict[str, Any], shapes: dict[str, Any], opset: int | None) -> ir.Model:
     with captured("torch.onnx"):
         import torch
-        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+        from transformers.exporters.configs import OnnxConfig
+        from transformers.exporters.exporter_onnx import OnnxExporter
 
         config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset)
         try:
@@ -161,6 +165,12 @@ def _rename_cache(graph: ir.Graph, model_name: str) -> None:
             where=f"its inputs are {', '.join(str(value.name) for value in graph.inputs)}",
             hint="export it with `cache: false`",
         )
+
+
+def _drop_cache(graph: ir.Graph) -> None:
+    """Drop a cache that comes out although none was asked for: some decoders have a `use_cache` of their own."""
+    kept = [value for value in graph.outputs if "past_key_values" not in (value.name or "")]
+    graph.outputs[:] = kept
 
 
 def _name_axes(graph: ir.Graph, sample: Sample) -> None:

@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SafetensorsParams(Params):
+class SafetensorsParams(Params, frozen=True, kw_only=True):
     """Parameters of `safetensors`."""
 
     format: Annotated[
         Literal["auto", "plain", "compressed-tensors"],
         Meta(
-            description="`plain` writes floating-point weights (quantized ones dequantized), `compressed-tensors` packed "
-            "codes that transformers and vLLM load; `auto` is the latter when the model is quantized."
+            description="`plain` writes floating-point weights (quantized ones dequantized), `compressed-tensors` "
+            "packed codes that transformers and vLLM load; `auto` is the latter when the model is quantized."
         ),
     ] = "auto"
     max_shard_gb: Annotated[float, Meta(gt=0, description="Size at which a new shard is begun, in GB (10^9).")] = 5.0
 
 
 class Safetensors(Exporter[SafetensorsParams]):
-    """A folder that `from_pretrained` of transformers opens; quantized weights as compressed-tensors `pack-quantized`."""
+    """A folder that `from_pretrained` of transformers opens; quantized weights as compressed-tensors."""
 
     name = "safetensors"
     runtime = "transformers"

@@ -2,7 +2,8 @@
 
 The library's own writer takes a dict of all tensors; a model does not fit. The format is simple: 8 bytes of header
 length, a JSON header, the tensors. Their sizes are known beforehand, so the header is written first and each tensor
-goes to its place when it comes. Within a shard tensors lie as the library orders them: widest dtype first, then by name.
+goes to its place when it comes. Within a shard tensors lie as the library orders them: widest dtype first, then by
+name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,7 @@ class TensorSpec:
 
     @property
     def code(self) -> str:
-        """safetensors' name of the dtype."""
+        """Safetensors' name of the dtype."""
         return _CODES[self.dtype]
 
     @property
@@ -106,9 +107,10 @@ class ShardWriter:
         stream, offset = self._places.pop(name)
         stream.seek(offset)
         flat = tensor.detach().contiguous().reshape(-1)
-        stream.write(memoryview(flat.view(torch.uint8).numpy()))
+        stream.write(flat.view(torch.uint8).numpy().data)
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
+        """Return the writer."""
         return self
 
     def __exit__(

@@ -82,7 +82,7 @@ class LoadedBlock:
                     raise LlmoptError(
                         f"the input of `{product.linears[0].name}` holds NaN or Inf",
                         where=f"calibration batch {index + 1} of {len(self._samples)}",  # noqa: B023
-                        hint="the model overflows on this text: cast it to float32 or bfloat16 first, or check its weights",
+                        hint="the model overflows on this text: check its weights",
                     )
                 receive(product, rows)
                 missing.discard(unit)
@@ -123,7 +123,7 @@ class LoadedBlock:
         return tuple(linear for linear in self._views if self._unit(linear) == unit)
 
     def _order(self, seen: dict[Unit, Sighting]) -> Iterator[Stage]:
-        """Yield a stage for each distinct input; all experts of a parameter share a stage, each with its own product."""
+        """Yield a stage for each distinct input; all experts of a parameter share one, each with its own product."""
         done: set[Unit] = set()
         for unit, sighting in seen.items():
             if unit in done:

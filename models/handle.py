@@ -163,5 +163,5 @@ def _load_buffers(skeleton: Skeleton, read: Any) -> None:
     for name, tensor in skeleton.naming.load(targets, read).items():
         path, _, leaf = name.rpartition(".")
         module = skeleton.model.get_submodule(path)
-        if leaf in module._buffers:  # noqa: SLF001
-            module._buffers[leaf] = tensor  # noqa: SLF001
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor

@@ -113,11 +113,13 @@ class Naming:
 
     def sources_of(self, targets: Iterable[str]) -> list[str]:
         """Return the checkpoint tensors that the parameters called `targets` are made of."""
-        bindings = {self.of_target[target].first: self.of_target[target] for target in targets if target in self.of_target}
+        bindings = {
+            self.of_target[target].first: self.of_target[target] for target in targets if target in self.of_target
+        }
         return [name for binding in bindings.values() for name, _ in binding.sources]
 
     def _check(self) -> None:
-        ignorable = [re.compile(pattern) for pattern in self._model._keys_to_ignore_on_load_missing or ()]  # noqa: SLF001
+        ignorable = [re.compile(pattern) for pattern in self._model._keys_to_ignore_on_load_missing or ()]
         tied = _tied_groups(self._model)
         for name, parameter in self._model.named_parameters():
             if any(alias in self.of_target for alias in tied.get(id(parameter), (name,))):

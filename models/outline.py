@@ -15,7 +15,9 @@ from ..core.facts import LinearFacts, ModelFacts
 from .checkpoint import Checkpoint, TensorInfo
 from .locate import Location, read_config
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tokenizer_config.json")
+_TOKENIZER_FILES = frozenset(
+    {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tokenizer_config.json"}
+)
 _SMALLEST = 16
 """A matrix narrower than this is a table (relative positions), no layer worth quantizing."""
 

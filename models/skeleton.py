@@ -143,10 +143,10 @@ class Skeleton:
         for alias in parameters:
             path, _, leaf = alias.rpartition(".")
             module = self.model.get_submodule(path)
-            if leaf in module._parameters:  # noqa: SLF001
-                module._parameters[leaf] = value  # noqa: SLF001
+            if leaf in module._parameters:
+                module._parameters[leaf] = value
             else:
-                module._buffers[leaf] = tensor  # noqa: SLF001
+                module._buffers[leaf] = tensor
 
     def _find_stacks(self) -> list[list[BlockSite]]:
         lists: list[tuple[str, nn.ModuleList]] = []
@@ -154,7 +154,9 @@ class Skeleton:
             nested = any(path.startswith(f"{outer}.") for outer, _ in lists)
             if isinstance(module, nn.ModuleList) and len(module) and not nested:
                 lists.append((path, module))
-        stacks = [[self._site(f"{path}.{index}", block) for index, block in enumerate(blocks)] for path, blocks in lists]
+        stacks = [
+            [self._site(f"{path}.{index}", block) for index, block in enumerate(blocks)] for path, blocks in lists
+        ]
         stacks = [stack for stack in stacks if any(site.views for site in stack)]
         if not stacks:
             raise LlmoptError(
@@ -280,7 +282,7 @@ def _empty_model(config: Any, location: Location) -> PreTrainedModel:
         )
     kind = model_class(config, location)
     with quiet(), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)  # noqa: SLF001
+        model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
     model.tie_weights()
     if getattr(model, "_can_set_experts_implementation", lambda: False)():
         model.set_experts_implementation("eager")  # one product an expert, so that each can be watched

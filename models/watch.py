@@ -38,7 +38,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Iterable[type],  # noqa: ARG002
+        types: Iterable[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -65,5 +65,5 @@ def same_input(first: Tensor, second: Tensor) -> bool:
         first.data_ptr() == second.data_ptr()
         and first.shape == second.shape
         and first.stride() == second.stride()
-        and first._version == second._version  # noqa: SLF001
+        and first._version == second._version
     )

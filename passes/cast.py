@@ -11,7 +11,7 @@ from ..core.params import Params
 from ..core.passes import ModelPass, PassContext, PassResult
 
 
-class CastParams(Params):
+class CastParams(Params, frozen=True, kw_only=True):
     """Parameters of `cast`."""
 
     dtype: Annotated[

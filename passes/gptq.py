@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .numerics.gptq import Hessian
 
 
-class GptqParams(WeightParams):
+class GptqParams(WeightParams, frozen=True, kw_only=True):
     """Parameters of `gptq`."""
 
     act_order: Annotated[
@@ -23,7 +23,11 @@ class GptqParams(WeightParams):
     ] = True
     damping: Annotated[
         float,
-        Meta(ge=0, le=1, description="Share of the mean diagonal added to the Hessian; raised tenfold until Cholesky succeeds."),
+        Meta(
+            ge=0,
+            le=1,
+            description="Share of the mean diagonal added to the Hessian; raised tenfold until Cholesky succeeds.",
+        ),
     ] = 0.01
 
 

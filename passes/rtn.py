@@ -9,7 +9,7 @@ from ..core.passes import PassContext, PassResult
 from .weights import WeightParams, WeightPass
 
 
-class RtnParams(WeightParams):
+class RtnParams(WeightParams, frozen=True, kw_only=True):
     """Parameters of `rtn`."""
 
 

@@ -17,7 +17,7 @@ from ..core.target import Target
 _SMALLEST_GROUP = 16
 
 
-class WeightParams(Params):
+class WeightParams(Params, frozen=True, kw_only=True):
     """Parameters of every pass that quantizes weights."""
 
     bits: Bits = 4

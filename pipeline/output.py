@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Staging:
 
 
 @contextmanager
-def staging(output: Path, *, force: bool) -> Iterator[Staging]:
+def staging(output: Path, *, force: bool) -> Generator[Staging]:
     """Have a staging folder for `output`.
 
     Raises:

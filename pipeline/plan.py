@@ -103,7 +103,9 @@ def _in_words(one: AnyPass) -> str:
 
 
 def _params_in_words(params: Any) -> str:
-    return ", ".join(f"{key} {value}" for key, value in msgspec.to_builtins(params).items() if value not in (None, (), []))
+    return ", ".join(
+        f"{key} {value}" for key, value in msgspec.to_builtins(params).items() if value not in (None, (), [])
+    )
 
 
 def _skips(passes: Sequence[AnyPass], facts: ModelFacts) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ def load_recipe(path: Path) -> Recipe:
     except UnicodeDecodeError as error:
         raise UsageError(f"`{path}` is not UTF-8", where=f"byte {error.start}") from None
     try:
-        raw = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"`{path}` is not valid YAML", where=str(error)) from None
     return parse_recipe(raw, where=str(path))
@@ -58,12 +58,16 @@ def parse_recipe(raw: Any, *, where: str) -> Recipe:
         raise UsageError("the recipe names no model", where=where, hint="add a line `model: PATH`")
     model = data["model"]
     calibration = data.get("calibration")
+    if calibration is not None:
+        calibration = convert(calibration, CalibrationSpec, where=f"{where}, calibration")
     seed = data.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise UsageError("seed must be a whole number", where=where)
     return Recipe(
         model=convert({"id": model} if isinstance(model, str) else model, ModelSpec, where=f"{where}, model"),
-        calibration=None if calibration is None else convert(calibration, CalibrationSpec, where=f"{where}, calibration"),
+        calibration=None
+        if calibration is None
+        else convert(calibration, CalibrationSpec, where=f"{where}, calibration"),
         passes=_steps(data.get("passes"), where=f"{where}, passes"),
         exports=_steps(data.get("exports"), where=f"{where}, exports"),
         seed=seed,

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import msgspec
 
-from .. import __version__
 from ..calibration.samples import Samples, load_samples
 from ..core.errors import UnmetError
 from ..core.exports import ExportContext
@@ -23,7 +22,9 @@ from ..core.progress import Reporter
 from ..models.checkpoint import Checkpoint
 from ..models.handle import TorchModel
 from ..models.locate import Location, locate
+from ..models.reference import reference_outputs
 from ..models.text import load_tokenizer
+from .fingerprint import FINGERPRINT, shortened, write_fingerprint
 from .output import Staging, file_records, readable, staging
 from .parity import ROWS, Reference, compare, make_reference
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
@@ -63,7 +64,9 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         context = PassContext(seed=plan.recipe.seed, reporter=reporter)
         model, results = _run_passes(model, passes, source.samples.rows if source.samples else [], context)
         records = [_pass_record(one, result) for one, result in zip(passes, results, strict=True)]
-        exports = _run_exports(model, plan, source.samples, stage, reporter)
+        reference = make_reference(model, source.samples.held_out if source.samples else [], plan.recipe.seed)
+        exports = _run_exports(model, plan, reference, stage, reporter)
+        _keep_answers(model, reference, stage.root)
         manifest = _manifest(plan, source, records, exports)
         _write(manifest, stage.root)
         readable(stage.root)
@@ -98,10 +101,9 @@ def _run_passes(
 
 
 def _run_exports(
-    model: TorchModel, plan: Plan, samples: Samples | None, stage: Staging, reporter: Reporter
+    model: TorchModel, plan: Plan, reference: Reference, stage: Staging, reporter: Reporter
 ) -> list[ExportRecord]:
     exporters = exporters_of(plan.recipe)
-    reference = make_reference(model, samples.held_out if samples else [], plan.recipe.seed)
     records: list[ExportRecord] = []
     for exporter in exporters:
         directory = stage.root / exporter.name if len(exporters) > 1 else stage.root
@@ -121,6 +123,14 @@ def _run_exports(
             )
         )
     return records
+
+
+def _keep_answers(model: TorchModel, reference: Reference, root: Path) -> None:
+    """Write the fingerprint; its rows are shorter than the reference's, and an encoder's answers depend on that."""
+    short = shortened(reference)
+    write_fingerprint(
+        Reference(short.inputs, reference_outputs(model, short.inputs), short.samples), root / FINGERPRINT
+    )
 
 
 def _verify(
@@ -176,7 +186,7 @@ def _pass_record(one: AnyPass, result: PassResult) -> PassRecord:
 def _manifest(plan: Plan, source: _Source, passes: list[PassRecord], exports: list[ExportRecord]) -> Manifest:
     samples = source.samples
     return Manifest(
-        llmopt=__version__,
+        llmopt=version("llmopt"),
         recipe=plan.recipe.to_dict(),
         seed=plan.recipe.seed,
         source={

@@ -32,7 +32,9 @@ def passes_of(recipe: Recipe) -> list[AnyPass]:
                 raise UsageError(
                     f"`{step.name}` cannot come after `{earlier.name}`",
                     where=where,
-                    hint=f"put `{step.name}` first" if step.name != earlier.name else f"keep one of the two `{step.name}`",
+                    hint=f"put `{step.name}` first"
+                    if step.name != earlier.name
+                    else f"keep one of the two `{step.name}`",
                 )
         if Need.CALIBRATION in made.needs and recipe.calibration is None:
             raise UsageError(
@@ -74,5 +76,8 @@ def sweeps(passes: Sequence[AnyPass]) -> list[list[AnyPass]]:
 
 
 def _params(step: Step, kind: type[Params], where: str) -> Params:
-    raw = cast("dict[str, Any]", {key: tuple(value) if isinstance(value, list) else value for key, value in step.params.items()})
+    raw = cast(
+        "dict[str, Any]",
+        {key: tuple(value) if isinstance(value, list) else value for key, value in step.params.items()},
+    )
     return convert(raw, kind, where=where)

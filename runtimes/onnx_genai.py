@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.errors import LlmoptError
@@ -13,6 +12,9 @@ from .onnxruntime_ import engine_errors
 from .versions import installed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     import numpy as np
 
 CONFIG = "genai_config.json"
@@ -37,8 +39,7 @@ class OnnxGenAI(Runtime):
         Raises:
             LlmoptError: it does not load.
         """
-        import onnxruntime_genai as genai
-
+        genai = _engine()
         genai.disable_telemetry_events()
         with engine_errors("the ONNX Runtime GenAI folder does not load", directory):
             config = genai.Config(str(directory))
@@ -114,8 +115,7 @@ class GenAISession(Session):
         return np.stack(scores)
 
     def _generator(self, length: int) -> Any:
-        import onnxruntime_genai as genai
-
+        genai = _engine()
         if length > self._context_length:
             raise LlmoptError(
                 f"{length} tokens do not fit the context of {self._context_length}", where=str(self._directory)
@@ -124,6 +124,11 @@ class GenAISession(Session):
         # One more than needed: the generator takes no token once it has reached its maximum.
         params.set_search_options(max_length=min(length + 1, self._context_length), do_sample=False, batch_size=1)
         return genai.Generator(self._model, params)
+
+
+def _engine() -> Any:
+    # By name: the names in the package come from its compiled part, which type checkers do not see.
+    return import_module("onnxruntime_genai")
 
 
 def _tokens(tokens: Sequence[int]) -> np.ndarray[Any, Any]:
@@ -136,4 +141,5 @@ def _last_logits(generator: Any) -> np.ndarray[Any, Any]:
     """Return the logits after the last token, float32 (vocabulary,)."""
     import numpy as np
 
-    return np.asarray(generator.get_logits(), np.float32).reshape(-1, generator.get_logits().shape[-1])[-1]
+    logits = np.asarray(generator.get_logits(), np.float32)
+    return logits.reshape(-1, logits.shape[-1])[-1]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.errors import LlmoptError
@@ -13,6 +11,9 @@ from ..core.runtime import Arrays, Runtime, Session
 from .versions import installed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
     import numpy as np
 
 GRAPH = "model.onnx"
@@ -54,7 +55,7 @@ class OnnxSession(Session):
     """A graph, loaded."""
 
     def __init__(self, session: Any, directory: Path) -> None:
-        self._session = session
+        self._session: Any = session
         self._directory = directory
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,9 +86,11 @@ class Transformers(Runtime):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:
-            model, info = kind.from_pretrained(
-                directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
+            # compressed-tensors draws its own progress bars on stderr and cannot be told not to.
+            with contextlib.redirect_stderr(io.StringIO()):
+                model, info = kind.from_pretrained(
+                    directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise LlmoptError(
                 f"transformers does not load `{directory}`", where=f"{type(error).__name__}: {error}"[:2000]

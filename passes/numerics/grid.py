@@ -58,7 +58,7 @@ def fit_scales(
     low, high = groups.amin(-1), groups.amax(-1)
     share = torch.ones_like(low)
     if clip:
-        share = _best_share(groups, low, high, grid, dtype, _grouped_importance(importance, groups, weight))
+        share = _best_share(groups, low, high, grid, dtype, importance=_grouped_importance(importance, groups, weight))
     scale, zero = _from_range(low * share, high * share, grid, dtype)
     return Scales(scale, zero, grid)
 
@@ -112,7 +112,7 @@ def _from_range(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype) -> tu
 
 
 def _best_share(
-    groups: Tensor, low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None
+    groups: Tensor, low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype, *, importance: Tensor | None
 ) -> Tensor:
     best = torch.full_like(low, float("inf"))
     share = torch.ones_like(low)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from llmopt.core.facts import LinearFacts, ModelFacts
 from llmopt.core.quantized import Grid, QuantizedWeight
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
-def round_to_nearest(weight: torch.Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
+    import torch
+
+
+def round_to_nearest(weight: torch.Tensor, grid: Grid, dtype: Any = None) -> QuantizedWeight:
     """Quantize (out, in) by rounding to the nearest code."""
+    import torch
+
+    dtype = dtype or torch.float32
     rows, columns = weight.shape
     width = grid.group_width(columns)
     groups = weight.float().reshape(rows, columns // width, width)
@@ -39,12 +45,9 @@ class StandIn:
         self.tokenizer = tokenizer
         self.weights = {}
         for name, grid in (grids or {}).items():
-            parameter = model.get_parameter(f"{name}.weight")
-            matrix = parameter.data.T if is_transposed(model.get_submodule(name)) else parameter.data
-            weight = round_to_nearest(matrix, grid, parameter.dtype)
-            self.weights[name] = weight
-            value = weight.dequantize()
-            parameter.data.copy_(value.T if is_transposed(model.get_submodule(name)) else value)
+            matrix = matrix_of(model, name)
+            self.weights[name] = round_to_nearest(matrix, grid, matrix.dtype)
+            matrix.copy_(self.weights[name].dequantize())
 
     @property
     def facts(self) -> ModelFacts:
@@ -80,6 +83,8 @@ class StandIn:
         return self.weights[name]
 
     def materialize(self, dtype: str = "float32") -> Any:
+        import torch
+
         return self.model.to(getattr(torch, dtype))
 
     def save_side_files(self, directory: Path, *, config_changes: Mapping[str, Any] | None = None) -> None:
@@ -91,12 +96,23 @@ class StandIn:
             self.tokenizer.save_pretrained(directory)
 
 
+def matrix_of(model: Any, name: str) -> torch.Tensor:
+    """Return the weight of a layer as (out, in), a view; `….experts.gate_up_proj.1` is one of a stack."""
+    if name.rpartition(".")[2].isdigit():
+        stack, _, place = name.rpartition(".")
+        return model.get_parameter(stack).data[int(place)]
+    weight = model.get_parameter(f"{name}.weight").data
+    return weight.T if is_transposed(model.get_submodule(name)) else weight
+
+
 def is_transposed(module: Any) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
 def linears_of(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yield (name, (out, in)) of the linear layers inside repeated blocks."""
+    import torch
+
     for name, module in model.named_modules():
         if any(part.isdigit() for part in name.split(".")):
             if isinstance(module, torch.nn.Linear):
@@ -175,6 +191,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def tiny(family: str, **changes: Any) -> Any:
     """Return a random float32 model of a family; weights three times as wide as usual, so that outputs differ."""
+    import torch
     import transformers
 
     auto, config = FAMILIES[family]

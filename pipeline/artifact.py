@@ -1,0 +1,97 @@
+"""An artifact of ours, or any folder that a runtime opens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ..core.errors import LlmoptError, UsageError, nearest
+from ..core.manifest import MANIFEST, ExportRecord, Manifest
+from ..core.runtime import Runtime
+from ..runtimes import RUNTIMES
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A folder that a runtime opens.
+
+    Attributes:
+        directory: the folder.
+        root: where its manifest lies; None for a folder that is not of our making.
+        manifest: the manifest.
+        record: the export that `directory` holds.
+    """
+
+    directory: Path
+    root: Path | None
+    manifest: Manifest | None
+    record: ExportRecord | None
+
+    def runtime(self) -> Runtime:
+        """Return the engine that opens the folder.
+
+        Raises:
+            UsageError: none does.
+        """
+        for name in RUNTIMES:
+            runtime = RUNTIMES.load(name)()
+            if runtime.opens(self.directory):
+                return runtime
+        raise UsageError(
+            f"`{self.directory}` is nothing that a runtime opens",
+            where="no genai_config.json, model.onnx, or config.json with safetensors in it",
+            hint="give a model folder or an artifact of llmopt",
+        )
+
+
+def existing_folder(path: str) -> Path:
+    """Return `path` as a folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise UsageError(f"`{path}` is a file, not a folder")
+    near = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()] if folder.parent.is_dir() else []
+    raise UsageError(f"no folder at `{path}`", hint=nearest(folder.name, near) if near else None)
+
+
+def open_artifact(path: str) -> Artifact:
+    """Find the artifact at `path`: the folder of one export, or the folder above several.
+
+    Raises:
+        UsageError: there is none, or it holds several exports and one must be chosen.
+    """
+    folder = existing_folder(path)
+    for root in (folder, folder.resolve().parent):
+        manifest = read_manifest(root)
+        if manifest is None:
+            continue
+        inside = {(root / record.directory).resolve(): record for record in manifest.exports}
+        if folder.resolve() in inside:
+            return Artifact(folder, root, manifest, inside[folder.resolve()])
+        if root == folder:
+            names = ", ".join(str(folder / record.directory) for record in manifest.exports)
+            raise UsageError(f"`{path}` holds several exports", hint=f"give one of them: {names}")
+    return Artifact(folder, None, None, None)
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """Return the manifest in `root`, None if there is none.
+
+    Raises:
+        LlmoptError: it is damaged.
+    """
+    path = root / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Manifest)
+    except (UnicodeDecodeError, json.JSONDecodeError, msgspec.ValidationError) as error:
+        raise LlmoptError(f"{MANIFEST} is damaged", where=f"{path}\n{error}") from None
