@@ -16,7 +16,8 @@ from msgspec import Meta
 
 from ..core.exports import ExportableModel, ExportContext, Exporter, ExportResult
 from ..core.params import Params
-from .onnx_codes import Activations, carry_codes, check_layout, codes_equal
+from .onnx_codes import Activations, carry_codes, check_layout
+from .onnx_readback import codes_equal
 from .onnx_trace import captured, trace
 
 if TYPE_CHECKING:

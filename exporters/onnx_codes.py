@@ -7,10 +7,11 @@ depends on names, and a graph that does not hold our weights cannot pass.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..core.errors import LlmoptError, UsageError
-from ..core.quantized import Grid, QuantizedWeight
 from .onnx_nbits import (
     Blocks,
     block_size,
@@ -18,19 +19,18 @@ from .onnx_nbits import (
     pack_codes,
     pack_zero_points,
     to_blocks,
-    unpack_codes,
-    unpack_zero_points,
 )
-from .onnx_products import Product, constant, products
+from .onnx_products import Product, products
 from .row_index import Origin, RowIndex
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     import numpy as np
     import onnx_ir as ir
 
     from ..core.facts import ModelFacts
+    from ..core.quantized import Grid, QuantizedWeight
 
     Array = np.ndarray[Any, Any]
 
@@ -38,6 +38,9 @@ Activations = Literal["float32", "int8"]
 
 _ACCURACY_LEVEL = {"float32": 1, "int8": 4}
 _DOMAIN = "com.microsoft"
+
+
+_MOST_PIECES, _LEAST_ROWS = 6, 16
 
 
 class QuantizedSource(Protocol):
@@ -51,6 +54,31 @@ class QuantizedSource(Protocol):
     def quantized_weight(self, name: str) -> QuantizedWeight:
         """Read one of them."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some consecutive output columns of a product.
+
+    Attributes:
+        operator: MatMulNBits, or MatMul for columns that are not quantized.
+        weights: its constant inputs.
+        sizes: its attributes.
+    """
+
+    operator: str
+    weights: list[ir.Value]
+    sizes: dict[str, int]
+
+    def node(self, value: ir.Value | None, name: str, activations: Activations) -> ir.Node:
+        """Return the node that multiplies `value`."""
+        import onnx_ir as ir
+
+        inputs = [value, *self.weights]
+        if self.operator == "MatMul":
+            return ir.node("MatMul", inputs, name=name)
+        attributes = {**self.sizes, "accuracy_level": _ACCURACY_LEVEL[activations]}
+        return ir.node("MatMulNBits", inputs, domain=_DOMAIN, attributes=attributes, name=name)
 
 
 def check_layout(facts: ModelFacts, grid: Grid | None, *, format_name: str) -> None:
@@ -90,115 +118,22 @@ def carry_codes(model: ir.Model, source: QuantizedSource, *, activations: Activa
     found = list(products(model))
     dtypes = sorted({product.dtype for product in found} & {"FLOAT", "FLOAT16"})
     indexes = {dtype: _index(source, dtype) for dtype in dtypes}
-    carried: dict[tuple[int, int], tuple[list[ir.Value | None], dict[str, int]]] = {}
+    carried: dict[tuple[int, int], list[_Piece] | None] = {}
     for product in found:
         index = indexes.get(product.dtype)
         if index is None:
             continue
         if product.key not in carried:
-            matrix = product.matrix()
-            origin = index.find(matrix)
-            if origin is None:
-                continue
-            blocks = _gather(source, index, origin, matrix)
-            carried[product.key] = _initializers(model.graph, blocks, _name(index, origin))
-        _replace(product, *carried[product.key], activations)
+            carried[product.key] = _pieces(model.graph, source, index, product.matrix())
+        if (pieces := carried[product.key]) is not None:
+            _replace(product, pieces, activations)
     missing = set(source.quantized).intersection(*(index.missing() for index in indexes.values()))
     if missing or (source.quantized and not indexes):
         raise _not_found(sorted(missing or source.quantized), model)
     RemoveUnusedNodesPass()(model)
-    if carried:
+    if source.quantized:
         model.opset_imports.setdefault(_DOMAIN, 1)
     return _notes(source, activations)
-
-
-def read_codes(model: ir.Model) -> Iterator[tuple[str, Blocks]]:
-    """Yield the name and the codes of every MatMulNBits of a graph."""
-    for node in model.graph.all_nodes():
-        if node.op_type != "MatMulNBits":
-            continue
-        bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
-        width, height = node.attributes["K"].as_int(), node.attributes["N"].as_int()
-        parts = [constant(value) if value is not None else None for value in node.inputs[1:4]]
-        packed, scales, zeros = (None if part is None else part.numpy() for part in [*parts, None][:3])
-        if packed is None or scales is None:
-            continue
-        shape = (height, -(-width // block))
-        yield (
-            node.name or "",
-            Blocks(
-                unpack_codes(packed.reshape(height, shape[1], -1), bits, width),
-                scales.reshape(shape),
-                unpack_zero_points(zeros, bits, shape),
-                bits,
-                block,
-            ),
-        )
-
-
-def codes_equal(model: ir.Model, source: QuantizedSource) -> bool:
-    """Return whether a graph holds exactly our codes, scales and zero points: all of them, and no others.
-
-    Scales of a float16 graph are compared with ours rounded to float16.
-    """
-    index: RowIndex | None = None
-    scale_dtype = ""
-    for _, blocks in read_codes(model):
-        if index is None:
-            scale_dtype = str(blocks.scale.dtype)
-            index = RowIndex()
-            for name in source.quantized:
-                index.add(name, _dequantized(source.quantized_weight(name), scale_dtype))
-        origin = index.find(blocks.dequantize())
-        if origin is None or not _same_rows(source, index, origin, blocks):
-            return False
-    return index is not None and not index.missing()
-
-
-def _same_rows(source: QuantizedSource, index: RowIndex, origin: Origin, blocks: Blocks) -> bool:
-    for layer, selected in _by_layer(origin):
-        ours = _as_dtype(
-            to_blocks(source.quantized_weight(index.names[layer]), blocks.bits, blocks.block), blocks.scale.dtype
-        )
-        rows = origin.rows[selected]
-        different = (ours.codes[rows] != blocks.codes[selected]).any(axis=1)
-        different |= (ours.scale[rows] != blocks.scale[selected]).any(axis=1)
-        different |= (ours.zero_point[rows] != blocks.zero_point[selected]).any(axis=1)
-        for row in selected.nonzero()[0][different]:
-            if not _has_twin(source, index, blocks, int(row)):
-                return False
-    return True
-
-
-def _has_twin(source: QuantizedSource, index: RowIndex, blocks: Blocks, row: int) -> bool:
-    """Return whether some other layer holds this row: rows of zeros are alike under any scale."""
-    values = Blocks(
-        blocks.codes[row : row + 1],
-        blocks.scale[row : row + 1],
-        blocks.zero_point[row : row + 1],
-        blocks.bits,
-        blocks.block,
-    )
-    for layer, at in index.alike(values.dequantize()[0]):
-        ours = _as_dtype(
-            to_blocks(source.quantized_weight(index.names[layer]), blocks.bits, blocks.block), blocks.scale.dtype
-        )
-        if (
-            (ours.codes[at] == values.codes[0]).all()
-            and (ours.scale[at] == values.scale[0]).all()
-            and (ours.zero_point[at] == values.zero_point[0]).all()
-        ):
-            return True
-    return False
-
-
-def _dequantized(weight: QuantizedWeight, scale_dtype: str) -> Array:
-    """Return codes times scales in float32, from scales rounded as the graph stores them."""
-    import torch
-
-    if scale_dtype == "float16":
-        weight = QuantizedWeight(weight.codes, weight.scale.half(), weight.zero_point, weight.grid)
-    return weight.dequantize(torch.float32).numpy()
 
 
 def _index(source: QuantizedSource, dtype: str) -> RowIndex:
@@ -215,14 +150,6 @@ def _stored(weight: QuantizedWeight, dtype: str) -> Array:
     return weight.dequantize().to(getattr(torch, dtype)).numpy()
 
 
-def _by_layer(origin: Origin) -> Iterator[tuple[int, Array]]:
-    """Yield each layer of an origin with the mask of the rows that come from it."""
-    import numpy as np
-
-    for layer in np.unique(origin.layers):
-        yield int(layer), origin.layers == layer
-
-
 def _gather(source: QuantizedSource, index: RowIndex, origin: Origin, matrix: Array) -> Blocks:
     """Collect the codes of all rows of a product, and prove that they stand for its weight.
 
@@ -231,7 +158,7 @@ def _gather(source: QuantizedSource, index: RowIndex, origin: Origin, matrix: Ar
     """
     import numpy as np
 
-    names = {layer: index.names[layer] for layer, _ in _by_layer(origin)}
+    names = {layer: index.names[layer] for layer, _ in origin.by_layer()}
     width = matrix.shape[1]
     layout = common_layout((source.quantized[name], width) for name in names.values())
     if layout is None:
@@ -249,7 +176,7 @@ def _gather(source: QuantizedSource, index: RowIndex, origin: Origin, matrix: Ar
         bits,
         block,
     )
-    for layer, selected in _by_layer(origin):
+    for layer, selected in origin.by_layer():
         weight, rows = source.quantized_weight(names[layer]), origin.rows[selected]
         if _stored(weight, str(matrix.dtype))[rows].tobytes() != matrix[selected].tobytes():
             raise LlmoptError("two different rows have the same hash", where=names[layer])
@@ -257,76 +184,83 @@ def _gather(source: QuantizedSource, index: RowIndex, origin: Origin, matrix: Ar
         gathered.codes[selected] = ours.codes[rows]
         gathered.scale[selected] = ours.scale[rows]
         gathered.zero_point[selected] = ours.zero_point[rows]
-    return _as_dtype(gathered, matrix.dtype)
-
-
-def _as_dtype(blocks: Blocks, dtype: Any) -> Blocks:
-    """Round the scales to the graph's dtype.
-
-    Raises:
-        LlmoptError: a scale becomes infinite or zero.
-    """
-    import numpy as np
-
-    if blocks.scale.dtype == dtype:
-        return blocks
-    with np.errstate(over="ignore", under="ignore"):
-        scale = blocks.scale.astype(dtype)
-    if not np.isfinite(scale).all() or ((scale == 0) & (blocks.scale != 0)).any():
-        raise LlmoptError(f"a scale does not fit {np.dtype(dtype).name}", hint="export for float32")
-    return Blocks(blocks.codes, scale, blocks.zero_point, blocks.bits, blocks.block)
+    return gathered.with_scales_as(matrix.dtype)
 
 
 def _name(index: RowIndex, origin: Origin) -> str:
     """Name a product after its layers: `model.layers.0.mlp.gate_proj+up_proj`."""
-    names = [index.names[layer] for layer, _ in _by_layer(origin)]
+    names = [index.names[layer] for layer, _ in origin.by_layer()]
     return "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
 
 
-def _initializers(graph: ir.Graph, blocks: Blocks, name: str) -> tuple[list[ir.Value | None], dict[str, int]]:
-    """Store packed codes, scales and zero points; return them as inputs, with the sizes as attributes."""
+def _pieces(graph: ir.Graph, source: QuantizedSource, index: RowIndex, matrix: Array) -> list[_Piece] | None:
+    """Store a product's weight as codes, those of its rows that are not quantized in floating point.
+
+    A fused product may hold layers of which some were left alone. It is taken apart only where the parts are large:
+    a row of zeros is alike everywhere, and says nothing.
+
+    Returns:
+        The parts in order, None if the product is none of ours.
+    """
+    import numpy as np
+
+    origin = index.find(matrix)
+    known = origin.layers >= 0
+    bounds = [0, *(np.flatnonzero(np.diff(known)) + 1).tolist(), len(matrix)]
+    runs = list(pairwise(bounds))
+    if not known.any() or (len(runs) > 1 and (len(runs) > _MOST_PIECES or min(b - a for a, b in runs) < _LEAST_ROWS)):
+        return None
+    pieces: list[_Piece] = []
+    for start, stop in runs:
+        part, rows = origin.part(start, stop), matrix[start:stop]
+        if not known[start]:
+            pieces.append(_Piece("MatMul", [_store(graph, "float.weight", np.ascontiguousarray(rows.T))], {}))
+            continue
+        blocks = _gather(source, index, part, rows)
+        index.mark(part)
+        name = _name(index, part)
+        inputs = [
+            _store(graph, f"{name}.codes", pack_codes(blocks)),
+            _store(graph, f"{name}.scales", blocks.scale),
+        ]
+        if (zero_points := pack_zero_points(blocks)) is not None:
+            inputs.append(_store(graph, f"{name}.zero_points", zero_points))
+        sizes = {"K": matrix.shape[1], "N": stop - start, "bits": blocks.bits, "block_size": blocks.block}
+        pieces.append(_Piece("MatMulNBits", inputs, sizes))
+    return pieces
+
+
+def _store(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     import onnx_ir as ir
 
     unique, count = name, 1
-    while f"{unique}.codes" in graph.initializers:
+    while unique in graph.initializers:
         count += 1
-        unique = f"{name}#{count}"
-
-    def store(part: str, array: Array | None) -> ir.Value | None:
-        if array is None:
-            return None
-        value = ir.Value(name=f"{unique}.{part}", const_value=ir.tensor(array, name=f"{unique}.{part}"))
-        value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-        graph.register_initializer(value)
-        return value
-
-    out_features, in_features = blocks.codes.shape
-    inputs = [
-        store("codes", pack_codes(blocks)),
-        store("scales", blocks.scale),
-        store("zero_points", pack_zero_points(blocks)),
-    ]
-    return inputs, {"K": in_features, "N": out_features, "bits": blocks.bits, "block_size": blocks.block}
+        unique = f"{name}.{count}"
+    value = ir.Value(name=unique, const_value=ir.tensor(array, name=unique))
+    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
+    graph.register_initializer(value)
+    return value
 
 
-def _replace(product: Product, weights: list[ir.Value | None], sizes: dict[str, int], activations: Activations) -> None:
+def _replace(product: Product, pieces: list[_Piece], activations: Activations) -> None:
+    """Put the pieces in the place of a product: side by side, and the bias after them or, with one, inside it."""
     import onnx_ir as ir
 
     old = product.node
-    inputs = [old.inputs[0], *weights, *([None, product.bias] if product.bias is not None else [])]
-    while inputs[-1] is None:
-        inputs.pop()
-    new = ir.node(
-        "MatMulNBits",
-        inputs,
-        domain=_DOMAIN,
-        attributes={**sizes, "accuracy_level": _ACCURACY_LEVEL[activations]},
-        name=f"{old.name or old.outputs[0].name}_codes",
-    )
-    result, replaced = new.outputs[0], old.outputs[0]
+    name = old.name or old.outputs[0].name
+    nodes = [piece.node(old.inputs[0], f"{name}_{place}", activations) for place, piece in enumerate(pieces)]
+    if len(nodes) > 1:
+        nodes.append(ir.node("Concat", [node.outputs[0] for node in nodes], attributes={"axis": -1}))
+        if product.bias is not None:
+            nodes.append(ir.node("Add", [nodes[-1].outputs[0], product.bias]))
+    elif product.bias is not None:
+        nodes[0].resize_inputs(6)
+        nodes[0].replace_input_with(5, product.bias)
+    result, replaced = nodes[-1].outputs[0], old.outputs[0]
     result.type, result.shape, result.name = replaced.type, replaced.shape, replaced.name
     assert old.graph is not None
-    old.graph.insert_before(old, new)
+    old.graph.insert_before(old, nodes)
     replaced.replace_all_uses_with(result, replace_graph_outputs=True)
     old.graph.remove(old, safe=True)
 

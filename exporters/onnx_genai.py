@@ -19,8 +19,9 @@ from msgspec import Meta
 from ..core.errors import LlmoptError, UsageError
 from ..core.exports import ExportableModel, ExportContext, Exporter, ExportResult
 from ..core.params import Params
-from .onnx_codes import Activations, carry_codes, check_layout, codes_equal
+from .onnx_codes import Activations, carry_codes, check_layout
 from .onnx_genai_builder import build, known_architectures, rope_fault
+from .onnx_readback import codes_equal
 from .onnx_trace import captured
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class OnnxGenAI(Exporter[OnnxGenAIParams]):
                 where=facts.source,
                 hint="use the `onnx` export instead",
             )
-        if fault := rope_fault(facts.config):
+        if fault := rope_fault(facts.architecture, facts.config):
             raise UsageError(
                 f"the ONNX Runtime GenAI builder does not compute the positions of {facts.architecture} right",
                 where=fault,

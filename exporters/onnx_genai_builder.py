@@ -60,17 +60,21 @@ def build(
             ) from error
 
 
-def rope_fault(config: Mapping[str, Any]) -> str | None:
-    """Return why the builder would get the rotary positions wrong, from config.json; None if it does not.
+def rope_fault(architecture: str, config: Mapping[str, Any]) -> str | None:
+    """Return why the builder would silently get the rotary positions wrong, from config.json; None if it does not.
 
-    For layers of two kinds it computes the angles with two bases, but scales both as the full-attention layers ask.
+    1. For layers of two kinds it computes the angles with two bases, but scales both as the full-attention layers ask.
+    2. For Llama it knows the scaling `llama3` and leaves out any other.
     """
-    parameters = config.get("rope_parameters") or {}
-    scaled = parameters.get("full_attention", {}) if isinstance(parameters, Mapping) else {}
-    if config.get("rope_local_base_freq") is not None:
-        scaled = scaled or config.get("rope_scaling") or {}
-    kind = scaled.get("rope_type", scaled.get("type", "default"))
-    return None if kind == "default" else f"the full-attention layers alone have `{kind}` rotary scaling"
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    by_layer = "full_attention" in parameters or config.get("rope_local_base_freq") is not None
+    scaling = parameters.get("full_attention", parameters)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if by_layer and kind != "default":
+        return f"the full-attention layers alone have `{kind}` rotary scaling"
+    if architecture == "LlamaForCausalLM" and kind not in ("default", "llama3"):
+        return f"it leaves out `{kind}` rotary scaling"
+    return None
 
 
 def _flatten_rope(config: Any) -> None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import LlmoptError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -54,6 +56,22 @@ class Blocks:
         width = self.codes.shape[1]
         zero = spread(self.zero_point, self.block, width).astype(np.float32)
         return (self.codes.astype(np.float32) - zero) * spread(self.scale.astype(np.float32), self.block, width)
+
+    def with_scales_as(self, dtype: Any) -> Blocks:
+        """Round the scales to a graph's dtype.
+
+        Raises:
+            LlmoptError: a scale becomes infinite or zero.
+        """
+        import numpy as np
+
+        if self.scale.dtype == dtype:
+            return self
+        with np.errstate(over="ignore", under="ignore"):
+            scale = self.scale.astype(dtype)
+        if not np.isfinite(scale).all() or ((scale == 0) & (self.scale != 0)).any():
+            raise LlmoptError(f"a scale does not fit {np.dtype(dtype).name}", hint="export in float32")
+        return Blocks(self.codes, scale, self.zero_point, self.bits, self.block)
 
 
 def container_bits(bits: int) -> int:
@@ -98,7 +116,8 @@ def to_blocks(weight: QuantizedWeight, bits: int, block: int) -> Blocks:
     count = -(-in_features // block)
     width = weight.grid.group_width(in_features)
     group = np.arange(count) * block // width
-    scale, zero = (np.broadcast_to(part, (out_features, part.shape[-1]))[:, group] for part in (scale, zero))
+    # A single scale of the whole tensor is one row, which serves them all.
+    scale, zero = (np.broadcast_to(part[:, group], (out_features, count)) for part in (scale, zero))
     return Blocks(weight.codes.numpy(), scale, zero, bits, block)
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
 
     Array = np.ndarray[Any, Any]
@@ -13,10 +15,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where the rows of a matrix come from: row `rows[i]` of layer `layers[i]`, both int64 (out,)."""
+    """Where the rows of a matrix come from.
+
+    Attributes:
+        layers: number of the layer, int64 (out,); -1 where the row is unknown.
+        rows: number of the row in that layer, int64 (out,).
+        hashes: hash of the row, uint64 (out,).
+        width: numbers in a row.
+    """
 
     layers: Array
     rows: Array
+    hashes: Array
+    width: int
+
+    def by_layer(self) -> Iterator[tuple[int, Array]]:
+        """Yield each layer with the mask of the rows that come from it."""
+        import numpy as np
+
+        for layer in np.unique(self.layers):
+            yield int(layer), self.layers == layer
+
+    def part(self, start: int, stop: int) -> Origin:
+        """Return the origin of some consecutive rows."""
+        return Origin(self.layers[start:stop], self.rows[start:stop], self.hashes[start:stop], self.width)
 
 
 @dataclass(slots=True)
@@ -41,21 +63,25 @@ class RowIndex:
         self.names.append(name)
         self._parts.setdefault(matrix.shape[1], []).append((hash_rows(matrix), layers, rows))
 
-    def find(self, matrix: Array) -> Origin | None:
-        """Return where each row of `matrix`, (out, in), comes from; None if any row is unknown."""
+    def find(self, matrix: Array) -> Origin:
+        """Return where each row of `matrix`, (out, in), comes from."""
         import numpy as np
 
-        width = matrix.shape[1]
+        width, wanted = matrix.shape[1], hash_rows(matrix)
         if width not in self._parts:
-            return None
+            unknown = np.full(len(matrix), -1)
+            return Origin(unknown, unknown, wanted, width)
         hashes, layers, rows = self._table(width)
-        wanted = hash_rows(matrix)
         first = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
-        if not (hashes[first] == wanted).all():
-            return None
-        # Mark every layer that holds one of these rows, not only the first.
-        self._found[width] |= np.isin(hashes, wanted)
-        return Origin(layers[first], rows[first])
+        known = hashes[first] == wanted
+        return Origin(np.where(known, layers[first], -1), np.where(known, rows[first], -1), wanted, width)
+
+    def mark(self, origin: Origin) -> None:
+        """Count the rows of `origin` as found, in every layer that holds them."""
+        import numpy as np
+
+        hashes, _, _ = self._table(origin.width)
+        self._found[origin.width] |= np.isin(hashes, origin.hashes)
 
     def alike(self, row: Array) -> list[tuple[int, int]]:
         """Return every (layer, row) with the hash of `row`, (in,)."""

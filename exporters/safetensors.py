@@ -11,6 +11,7 @@ compressed-tensors, format `pack-quantized` (https://github.com/vllm-project/com
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -77,6 +78,13 @@ class Safetensors(Exporter[SafetensorsParams]):
                 "transformers cannot load asymmetric experts from compressed-tensors",
                 where=f"{facts.architecture}, {grid}",
                 hint=f"use --symmetric, or {plain}",
+            )
+        touched = _initialized_by_parent(facts.model_type)
+        if layer := next((linear.name for linear in facts.linears if linear.name.rpartition(".")[2] in touched), None):
+            raise UsageError(
+                f"transformers cannot load packed weights into {facts.architecture}",
+                where=f"while it loads, its code for {facts.model_type} writes to `{layer}.weight`, which is packed",
+                hint=plain,
             )
 
     def export(self, model: ExportableModel, directory: Path, context: ExportContext) -> ExportResult:
@@ -219,6 +227,24 @@ def _packed_specs(layer: str, shape: tuple[int, ...], dtype: str, grid: Grid) ->
     if not grid.symmetric:
         specs[f"{layer}.weight_zero_point"] = TensorSpec("torch.int32", (-(-out_features * grid.bits // 32), groups))
     return specs
+
+
+def _initialized_by_parent(model_type: str) -> frozenset[str]:
+    """Return the layers whose `weight` transformers' code for a model touches from the module above when it loads.
+
+    Such code (T5, CLIP) stumbles over a layer that is packed and has no `weight`. Read from its source text: importing
+    it would import torch.
+    """
+    from importlib.util import find_spec
+
+    spec = find_spec("transformers")
+    root = next(iter(spec.submodule_search_locations or ()), None) if spec is not None else None
+    if root is None or not model_type.isidentifier():
+        return frozenset()
+    names: set[str] = set()
+    for path in sorted((Path(root) / "models" / model_type).glob("modeling_*.py")):
+        names.update(re.findall(r"init\.\w+_\(\s*module\.(?:\w+\.)*(\w+)\.weight\b", path.read_text(encoding="utf-8")))
+    return frozenset(names)
 
 
 def _check_names(model: ExportableModel) -> None:

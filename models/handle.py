@@ -19,7 +19,7 @@ from ..core.facts import ModelFacts
 from ..core.quantized import Grid, QuantizedWeight
 from .checkpoint import INDEX, Checkpoint
 from .locate import Location
-from .skeleton import Skeleton
+from .skeleton import Skeleton, own_experts_choice
 from .store import WorkStore
 
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -126,6 +126,7 @@ class TorchModel:
         """Return the whole model in memory, in eval mode."""
         skeleton = self.skeleton()
         skeleton.load([name for name, _ in skeleton.model.named_parameters()], self.read)
+        own_experts_choice(skeleton.model)
         return skeleton.model.to(getattr(torch, dtype))
 
     def save_side_files(self, directory: Path, *, config_changes: Mapping[str, Any] | None = None) -> None:

@@ -86,14 +86,16 @@ def _linears(tensors: dict[str, TensorInfo], stacks: tuple[str, ...]) -> list[Li
             continue
         stack = block.rpartition(".")[0]
         sizes[stack].add(block)
-        if name.endswith(".weight") and len(info.shape) == 2 and min(info.shape) >= _SMALLEST:
+        if name.endswith(".weight") and len(info.shape) == 2 and min(info.shape) >= _SMALLEST and not _is_table(name):
             role = f"{stack}.*{name[len(block) :]}"
             owners[role].add(block)
             candidates.append((role, name.removesuffix(".weight"), info))
     linears: list[LinearFacts] = []
+    experts = _expert_counts(tensors)
     for role, name, info in candidates:
         stack = role.partition(".*.")[0]
-        if info.is_floating and 2 * len(owners[role]) > len(sizes[stack]):
+        is_router = info.shape[0] == experts.get(name.rpartition(".")[0])
+        if info.is_floating and not is_router and 2 * len(owners[role]) > len(sizes[stack]):
             rows, columns = info.shape
             bias = tensors.get(f"{name}.bias")
             transposed = bias is not None and bias.shape == (columns,) and rows != columns
@@ -102,3 +104,25 @@ def _linears(tensors: dict[str, TensorInfo], stacks: tuple[str, ...]) -> list[Li
                 LinearFacts(name=name, out_features=out_features, in_features=in_features, transposed=transposed)
             )
     return linears
+
+
+def _is_table(name: str) -> bool:
+    """Return whether a matrix is looked up, not multiplied: T5's relative positions, an embedding."""
+    leaf = name.removesuffix(".weight").rpartition(".")[2]
+    return "embed" in leaf or "bias" in leaf
+
+
+def _expert_counts(tensors: dict[str, TensorInfo]) -> dict[str, int]:
+    """Return how many experts each mixture has, by the module that holds them (`model.layers.0.mlp`).
+
+    The matrix beside them with a row for each is the router, whose rounding would send tokens elsewhere.
+    """
+    counts: dict[str, int] = {}
+    for name, info in tensors.items():
+        parent, found, rest = name.partition(".experts.")
+        if not found:
+            continue
+        number = rest.partition(".")[0]
+        count = int(number) + 1 if number.isdigit() else info.shape[0] if len(info.shape) == 3 else 0
+        counts[parent] = max(counts.get(parent, 0), count)
+    return counts

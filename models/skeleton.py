@@ -284,13 +284,23 @@ def _empty_model(config: Any, location: Location) -> PreTrainedModel:
     with quiet(), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
     model.tie_weights()
-    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+    if _chooses_experts(model):
         model.set_experts_implementation("eager")  # one product an expert, so that each can be watched
     model.eval()
     model.requires_grad_(False)
     if getattr(config, "use_cache", None):
         config.use_cache = False
     return model
+
+
+def own_experts_choice(model: PreTrainedModel) -> None:
+    """Let transformers choose again how experts are multiplied: a loop over experts cannot be traced."""
+    if _chooses_experts(model):
+        model.set_experts_implementation(None)  # pyright: ignore[reportArgumentType]
+
+
+def _chooses_experts(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "_can_set_experts_implementation", lambda: False)())
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def write_fingerprint(reference: Reference, path: Path) -> bool:
     inputs, outputs = reference.inputs[0], reference.outputs[0]
     if any(tensor.is_floating_point() for tensor in inputs.values()):
         return False
-    kept = {name: tensor[:_ROWS, :_POSITIONS].tolist() for name, tensor in inputs.items()}
+    kept: dict[str, Any] = {name: tensor[:_ROWS, :_POSITIONS].numpy().tolist() for name, tensor in inputs.items()}
     arrays = {name: tensor.float().numpy()[:_ROWS] for name, tensor in outputs.items()}
     path.write_text(json.dumps({"samples": reference.samples, "inputs": kept, "outputs": _answers(arrays)}) + "\n")
     return True

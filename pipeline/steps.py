@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from ..core.errors import UsageError
 from ..core.exports import Exporter
@@ -76,8 +76,4 @@ def sweeps(passes: Sequence[AnyPass]) -> list[list[AnyPass]]:
 
 
 def _params(step: Step, kind: type[Params], where: str) -> Params:
-    raw = cast(
-        "dict[str, Any]",
-        {key: tuple(value) if isinstance(value, list) else value for key, value in step.params.items()},
-    )
-    return convert(raw, kind, where=where)
+    return convert(step.params, kind, where=where)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.errors import LlmoptError
@@ -160,14 +161,13 @@ class OnnxSession(Session):
 @contextmanager
 def engine_errors(what: str, directory: Path) -> Iterator[None]:
     """Turn an error of ONNX Runtime or ORT GenAI into ours, with the engine's message in `where`."""
+    state = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    # ONNX Runtime's exceptions have no common base below Exception; GenAI raises RuntimeError.
+    members = [getattr(state, name) for name in dir(state)]
+    own = [kind for kind in members if isinstance(kind, type) and issubclass(kind, Exception)]
     try:
         yield
-    # The engines' own exceptions derive from RuntimeError or straight from Exception, by the version and the fault.
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
-        raise LlmoptError(what, where=f"{directory}\n{error}") from error
-    except Exception as error:
-        if "onnxruntime" not in type(error).__module__:
-            raise
+    except (*own, RuntimeError, ValueError, TypeError, OSError) as error:
         raise LlmoptError(what, where=f"{directory}\n{error}") from error
 
 

@@ -205,3 +205,17 @@ def tiny(family: str, **changes: Any) -> Any:
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)
     return model
+
+
+def word_tokenizer() -> Any:
+    """Return a tokenizer of whole words, made without files."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: place for place, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *map(str, range(4, 272))])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -1,0 +1,160 @@
+"""`llmopt bench`: load time, speed and memory, each artifact in a process of its own, measured in turns."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import LlmoptError
+from ..core.progress import Reporter
+from .artifact import Artifact, open_artifact
+
+_RATIOS = {"load": "load_seconds", "size": "size_bytes", "peak_memory": "peak_memory_bytes"}
+_SPEEDS = {
+    "prefill_speed": "prefill_tokens_per_second",
+    "decode_speed": "decode_tokens_per_second",
+    "encode_speed": "sequences_per_second",
+}
+
+
+def bench(
+    path: str,
+    *,
+    against: str | None,
+    repeats: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    threads: int | None,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Measure one artifact, or two in turns.
+
+    Every repeat measures each of them once, one straight after the other, so that what else the machine does hits
+    both; the ratio is the median of the ratios of such pairs.
+
+    Args:
+        path: a model folder or an artifact.
+        against: the one to compare with.
+        repeats: measurements of each; one more, the first, is not counted.
+        prompt_tokens: length of the prompt.
+        new_tokens: tokens to generate after it.
+        threads: threads to compute with, all cores when None.
+        reporter: shown progress.
+
+    Raises:
+        LlmoptError: an artifact does not load or does not run.
+    """
+    artifacts = [open_artifact(one) for one in ([path] if against is None else [path, against])]
+    options = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads}
+    workers: list[_Worker] = []
+    try:
+        with reporter.step("measuring", (repeats + 2) * len(artifacts)) as step:
+            for artifact in artifacts:
+                workers.append(_Worker(artifact, options))
+                step.advance(detail=f"loaded {artifact.directory}")
+            rounds: list[list[dict[str, float]]] = []
+            for index in range(repeats + 1):
+                rounds.append([worker.measure() for worker in workers])
+                step.advance(len(workers), detail=f"repeat {index} of {repeats}" if index else "warm-up")
+        reports = [worker.report([one[at] for one in rounds[1:]]) for at, worker in enumerate(workers)]
+    finally:
+        for worker in workers:
+            worker.close()
+    machine = {"processor": processor(), "cores": os.cpu_count() or 1, "threads": threads or os.cpu_count() or 1}
+    made: dict[str, Any] = {"repeats": repeats, **options, "machine": machine, "measured": reports}
+    made["threads"] = machine["threads"]
+    if len(reports) == 2:
+        made["ratio_of_first_to_second"] = _ratios(reports, rounds[1:])
+    return made
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+class _Worker:
+    """An artifact loaded in a process of its own, so that its memory and its load time are its own."""
+
+    def __init__(self, artifact: Artifact, options: dict[str, Any]) -> None:
+        runtime = artifact.runtime()
+        self._artifact = artifact
+        self._runtime = runtime.version()
+        environment = dict(os.environ)
+        if options["threads"] is not None:
+            environment["OMP_NUM_THREADS"] = str(options["threads"])
+        arguments = {"directory": str(artifact.directory), "runtime": runtime.name, **options}
+        self._process = subprocess.Popen(  # noqa: S603  (our own module)
+            [sys.executable, "-m", "llmopt.pipeline.bench_worker", json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self._load_seconds = float(self._answer()["load_seconds"])
+
+    def measure(self) -> dict[str, float]:
+        """Run one measurement."""
+        return self._ask("measure")
+
+    def report(self, rounds: list[dict[str, float]]) -> dict[str, Any]:
+        """Return the medians."""
+        directory = self._artifact.directory
+        size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+        medians = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+        peak = self._ask("memory")["peak_memory_bytes"]
+        return {
+            "path": str(directory),
+            "runtime": self._runtime,
+            "load_seconds": self._load_seconds,
+            "size_bytes": size,
+            **medians,
+            "peak_memory_bytes": int(peak),
+        }
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        self._process.communicate()
+
+    def _ask(self, what: str) -> dict[str, float]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                if "error" in answer:
+                    raise LlmoptError(f"`{self._artifact.directory}` cannot be measured", where=str(answer["error"]))
+                return answer
+        raise LlmoptError(
+            f"`{self._artifact.directory}` cannot be measured",
+            where=f"the process ended with {self._process.wait()}",
+            hint="was it killed for want of memory?",
+        )
+
+
+def _ratios(reports: list[dict[str, Any]], rounds: list[list[dict[str, float]]]) -> dict[str, float]:
+    """Return first over second: for speeds the median of paired ratios, otherwise the ratio of the figures."""
+    ratios = {name: reports[0][figure] / reports[1][figure] for name, figure in _RATIOS.items() if reports[1][figure]}
+    for name, figure in _SPEEDS.items():
+        if all(figure in one for one in rounds[0]):
+            ratios[name] = statistics.median(pair[0][figure] / pair[1][figure] for pair in rounds)
+    return ratios

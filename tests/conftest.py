@@ -1,0 +1,38 @@
+"""Tiny models, saved once a session, without the network."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """Return the folder of a tiny model: `family("llama")`, `family("llama", dtype="bfloat16", hidden_size=32)`."""
+    import torch
+    from families import save_family
+
+    torch.set_num_threads(1)
+    saved = {}
+
+    def folder(name, **changes):
+        key = (name, *sorted((field, repr(value)) for field, value in changes.items()))
+        if key not in saved:
+            saved[key] = save_family(name, tmp_path_factory.mktemp(name) / name, **changes)
+        return saved[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Return a text file long enough to calibrate on."""
+    from families import LINES
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{number} {LINES[number % 3]}\n" for number in range(200)), encoding="utf-8")
+    return path
