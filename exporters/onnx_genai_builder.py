@@ -14,6 +14,7 @@ from ..core.errors import LlmoptError
 from .onnx_trace import captured
 
 _PACKAGE = "onnxruntime_genai"
+_RAISED = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def known_architectures() -> frozenset[str]:
@@ -49,10 +50,10 @@ def build(
         arguments = ("", str(checkpoint), str(output), precision, provider, cache)
         try:
             parsed = builder.parse_extra_options(*arguments, [f"{key}={value}" for key, value in options.items()])
-            _flatten_rope(parsed["hf_details"]["hf_config"])
+            _adapt(parsed["hf_details"]["hf_config"])
             builder.create_model(*arguments, **parsed)
         # The builder reads configs by attribute and raises whatever comes of it.
-        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, OSError) as error:
+        except _RAISED as error:
             raise LlmoptError(
                 f"the ONNX Runtime GenAI builder cannot build {architecture}",
                 where=f"{type(error).__name__}: {error}",
@@ -77,12 +78,24 @@ def rope_fault(architecture: str, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _flatten_rope(config: Any) -> None:
-    """Give the builder rotary parameters in the form it reads: it knows no parameters by the kind of layer."""
+def _adapt(config: Any) -> None:
+    """Say to the builder what transformers says otherwise: it reads configs of other versions.
+
+    1. It knows no rotary parameters by the kind of layer.
+    2. It reads the kind of rotary scaling by its old name as well, and takes 0 where YaRN leaves a default out.
+    3. It takes a sliding window for that of all layers only where each is said to have it; where the config lists no
+       kinds of layers (Mistral, Phi-3), all of them do.
+    """
     parameters = getattr(config, "rope_parameters", None)
-    if isinstance(parameters, Mapping) and {"full_attention", "sliding_attention"} <= set(parameters):
-        config.rope_local_base_freq = parameters["sliding_attention"]["rope_theta"]
-        config.rope_parameters = dict(parameters["full_attention"])
+    if isinstance(parameters, Mapping):
+        if {"full_attention", "sliding_attention"} <= set(parameters):
+            config.rope_local_base_freq = parameters["sliding_attention"]["rope_theta"]
+            parameters = parameters["full_attention"]
+        kind = parameters.get("rope_type", "default")
+        defaults = {"beta_fast": 32.0, "beta_slow": 1.0} if kind == "yarn" else {}
+        config.rope_parameters = {"type": kind, **defaults, **parameters}
+    if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
 
 
 def _package_folder() -> Path:

@@ -49,6 +49,11 @@ class LoadedBlock:
         """The linear layers of the block."""
         return tuple(self._views)
 
+    @property
+    def transposed(self) -> frozenset[Linear]:
+        """The layers that the checkpoint stores as (in, out)."""
+        return frozenset(linear for linear, view in self._views.items() if view.transposed)
+
     def weight(self, linear: Linear) -> Tensor:
         """Return the current weight, (out_features, in_features) float32; not to be written to."""
         return self._view(self._views[linear])

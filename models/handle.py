@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,11 @@ class TorchModel:
     facts: ModelFacts
     store: WorkStore
     dtype: str | None = None
-    _transposed: frozenset[str] = field(default=frozenset())
 
     @classmethod
     def create(cls, location: Location, checkpoint: Checkpoint, facts: ModelFacts, work: Path) -> TorchModel:
         """Return the unchanged model; `work` is a folder for what the passes make."""
-        transposed = frozenset(linear.name for linear in facts.linears if linear.transposed)
-        return cls(location, checkpoint, facts, WorkStore(work), None, transposed)
+        return cls(location, checkpoint, facts, WorkStore(work))
 
     @property
     def quantized(self) -> Mapping[str, Grid]:
@@ -77,14 +75,12 @@ class TorchModel:
         """
         layer = name.removesuffix(".weight")
         if layer in self.store.grids:
-            weight = self.store.get(layer).dequantize()
-            return weight.T if layer in self._transposed else weight
+            return self._stored(layer)
         tensor = self._cast(name, self.checkpoint.read(name))
         experts = [f"{layer}.{index}" for index in range(tensor.shape[0])] if tensor.ndim == 3 else []
         for index, expert in enumerate(experts):
             if expert in self.store.grids:
-                weight = self.store.get(expert).dequantize()
-                tensor[index] = weight if weight.shape == tensor.shape[1:] else weight.T
+                tensor[index] = self._stored(expert)
         return tensor
 
     def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
@@ -143,6 +139,11 @@ class TorchModel:
             for path in sorted(self.location.folder.glob(pattern)):
                 if path.is_file() and path.name not in _NOT_SIDE_FILES:
                     shutil.copyfile(path, directory / path.name)
+
+    def _stored(self, layer: str) -> Tensor:
+        """Return a quantized layer, dequantized, the way round in which the checkpoint stores it."""
+        weight = self.store.get(layer).dequantize()
+        return weight.T.contiguous() if layer in self.store.transposed else weight
 
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
         wanted = getattr(torch, self.stored_dtype(name))

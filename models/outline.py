@@ -92,18 +92,26 @@ def _linears(tensors: dict[str, TensorInfo], stacks: tuple[str, ...]) -> list[Li
             candidates.append((role, name.removesuffix(".weight"), info))
     linears: list[LinearFacts] = []
     experts = _expert_counts(tensors)
+    turned = {role.partition(".*.")[0] for role, name, info in candidates if _lies(tensors, name, info) == (False, True)}
     for role, name, info in candidates:
         stack = role.partition(".*.")[0]
         is_router = info.shape[0] == experts.get(name.rpartition(".")[0])
         if info.is_floating and not is_router and 2 * len(owners[role]) > len(sizes[stack]):
             rows, columns = info.shape
-            bias = tensors.get(f"{name}.bias")
-            transposed = bias is not None and bias.shape == (columns,) and rows != columns
+            by_rows, by_columns = _lies(tensors, name, info)
+            # A square matrix does not tell; it lies as the other layers of its stack do.
+            transposed = by_columns and (not by_rows or stack in turned)
             out_features, in_features = (columns, rows) if transposed else (rows, columns)
             linears.append(
                 LinearFacts(name=name, out_features=out_features, in_features=in_features, transposed=transposed)
             )
     return linears
+
+
+def _lies(tensors: dict[str, TensorInfo], name: str, info: TensorInfo) -> tuple[bool, bool]:
+    """Return whether the bias of a layer has the length of the rows, and of the columns, of its matrix."""
+    bias = tensors.get(f"{name}.bias")
+    return (False, False) if bias is None else (bias.shape == info.shape[:1], bias.shape == info.shape[1:])
 
 
 def _is_table(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -18,6 +18,10 @@ class WorkStore:
 
     Args:
         folder: where to keep them; created.
+
+    Attributes:
+        grids: the grid of each layer.
+        transposed: the layers that the checkpoint stores as (in, out); a square matrix does not tell.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -25,9 +29,12 @@ class WorkStore:
         self._folder = folder
         self._files: dict[str, Path] = {}
         self.grids: dict[str, Grid] = {}
+        self.transposed: set[str] = set()
 
-    def put(self, block: str, results: Mapping[Linear, QuantizedWeight]) -> None:
-        """Write the layers of one block."""
+    def put(
+        self, block: str, results: Mapping[Linear, QuantizedWeight], *, transposed: Collection[Linear] = ()
+    ) -> None:
+        """Write the layers of one block; `transposed` are those that the checkpoint stores as (in, out)."""
         tensors: dict[str, Tensor] = {}
         path = self._folder / f"{block}.safetensors"
         for linear, weight in results.items():
@@ -37,6 +44,8 @@ class WorkStore:
                 tensors[f"{linear.name}.zero_point"] = weight.zero_point.contiguous()
             self._files[linear.name] = path
             self.grids[linear.name] = weight.grid
+            if linear in transposed:
+                self.transposed.add(linear.name)
         if tensors:
             save_file(tensors, path)
 

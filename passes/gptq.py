@@ -21,6 +21,14 @@ class GptqParams(WeightParams, frozen=True, kw_only=True):
     act_order: Annotated[
         bool, Meta(description="Round the columns with the most active inputs first; the artifact needs no reordering.")
     ] = True
+    refits: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=20,
+            description="How often scales are fitted to the codes by least squares, and codes chosen again.",
+        ),
+    ] = 3
     damping: Annotated[
         float,
         Meta(
@@ -95,6 +103,6 @@ class Gptq(WeightPass[GptqParams]):
         if factor.dead:
             result.notes.append(f"{names[0]}: {factor.dead} of {product.in_features} inputs are always zero")
         for linear in product.linears:
-            quantized, _ = gptq(block.weight(linear), factor, grid, dtype, clip=clip)
+            quantized, _ = gptq(block.weight(linear), factor, grid, dtype, clip=clip, refits=self.params.refits)
             block.quantize(linear, quantized)
         return result

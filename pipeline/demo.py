@@ -84,29 +84,23 @@ def _compare(model: Path, output: Path, rtn: dict[str, Any], data: str, reporter
         str(genai), against=str(model), repeats=3, prompt_tokens=128, new_tokens=64, threads=None, reporter=reporter
     )
     fast, plain = speed["measured"]
-    source = quantized["source"]["perplexity"]
     return [
-        _row("float32, transformers", _weights(model), source, source, None, plain),
-        _row("int4 rtn, transformers", None, rtn["perplexity"], source, rtn, None),
-        _row("int4 gptq, transformers", _weights(packed), quantized["perplexity"], source, quantized, None),
-        _row("int4 gptq, ONNX Runtime GenAI", _weights(genai), served["perplexity"], source, served, fast),
+        _row("float32, transformers", _weights(model), quantized["source"], against=False, speed=plain),
+        _row("int4 rtn, transformers", _weights(packed), rtn),
+        _row("int4 gptq, transformers", _weights(packed), quantized),
+        _row("int4 gptq, ONNX Runtime GenAI", _weights(genai), served, speed=fast),
     ]
 
 
 def _row(
-    name: str,
-    size: int | None,
-    perplexity: float,
-    source: float,
-    scores: dict[str, Any] | None,
-    speed: dict[str, Any] | None,
+    name: str, size: int | None, scores: dict[str, Any], *, against: bool = True, speed: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     return {
         "model": name,
         "size_bytes": size,
-        "perplexity": perplexity,
-        "increase_share": None if scores is None else perplexity / source - 1,
-        "mean_kl_nats": None if scores is None else scores["source"]["mean_kl_nats"],
+        "perplexity": scores["perplexity"],
+        "increase_share": scores["source"]["perplexity_increase_share"] if against else None,
+        "mean_kl_nats": scores["source"]["mean_kl_nats"] if against else None,
         "prefill_tokens_per_second": speed and speed["prefill_tokens_per_second"],
         "decode_tokens_per_second": speed and speed["decode_tokens_per_second"],
     }

@@ -29,7 +29,7 @@ class TransformersSession(Session):
         import torch
 
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
-        with torch.inference_mode():
+        with torch.inference_mode(), _silent():
             made = self.model(**tensors, return_dict=True)
         return {name: value.float().numpy() for name, value in made.items() if isinstance(value, torch.Tensor)}
 
@@ -40,21 +40,27 @@ class TransformersSession(Session):
         if not self.model.can_generate():
             raise LlmoptError(f"{type(self.model).__name__} does not generate text")
         ids = torch.tensor([list(prompt)])
-        made = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            num_beams=1,
-            min_new_tokens=max_new_tokens,
-            max_new_tokens=max_new_tokens,
-            repetition_penalty=1.0,
-            pad_token_id=0,
-        )
+        with _silent():
+            made = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                num_beams=1,
+                min_new_tokens=max_new_tokens,
+                max_new_tokens=max_new_tokens,
+                repetition_penalty=1.0,
+                pad_token_id=0,
+            )
         return made[0, len(prompt) :].tolist()
 
     def close(self) -> None:
         """Free the model."""
         self.model = None
+
+
+def _silent() -> contextlib.AbstractContextManager[Any]:
+    """Keep compressed-tensors' progress bars off stderr; it draws them at loading and at the first run."""
+    return contextlib.redirect_stderr(io.StringIO())
 
 
 class Transformers(Runtime):
@@ -86,8 +92,7 @@ class Transformers(Runtime):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:
-            # compressed-tensors draws its own progress bars on stderr and cannot be told not to.
-            with contextlib.redirect_stderr(io.StringIO()):
+            with _silent():
                 model, info = kind.from_pretrained(
                     directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
                 )

@@ -174,10 +174,24 @@ def test_rotary_scaling_that_the_builder_gets_wrong_is_known():
     assert rope_fault("LlamaForCausalLM", {}) is None
 
 
-def test_llama3_rotary_scaling(tmp_path: Path):
-    scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling |= {"original_max_position_embeddings": 16, "rope_theta": 10000.0}
-    model = StandIn(tiny("llama", rope_parameters=scaling), tokenizer=word_tokenizer())
+ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
+LLAMA3 = ROPE | {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = ROPE | {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": 4}),
+        ("phi3", {"sliding_window": 4}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 32}),
+        ("qwen2", {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0}}),
+    ],
+)
+def test_windows_and_rotary_scaling(family: str, changes: dict[str, Any], tmp_path: Path):
+    model = StandIn(tiny(family, **changes), tokenizer=word_tokenizer())
     export(model, tmp_path)
     check_alike(model.model, tmp_path)
 

@@ -151,6 +151,11 @@ def test_inputs_are_what_the_modules_multiply(name, family, tmp_path):
             handle.remove()
 
 
+def in_order(rows):
+    """Sort rows by their first column: an expert takes its tokens by rank, not by position."""
+    return rows[rows[:, 0].argsort()]
+
+
 @pytest.mark.parametrize(("name", "first", "last"), [("mixtral", "w1", "w2"), ("qwen3_moe", "gate_proj", "down_proj")])
 def test_an_expert_sees_exactly_the_tokens_routed_to_it(name, first, last, family, tmp_path):
     model = open_model(family(name), tmp_path)
@@ -173,10 +178,11 @@ def test_an_expert_sees_exactly_the_tokens_routed_to_it(name, first, last, famil
             expected = routed["tokens"][(routed["index"] == expert).any(-1)]
             assert len(expected)
             layer = next(key for key in got if key.endswith(f"experts.{expert}.{first}"))
-            assert_near(got[layer], expected, what=layer, factor=10)
+            assert_near(in_order(got[layer]), in_order(expected), what=layer, factor=10)
             inner = next(key for key in got if key.endswith(f"experts.{expert}.{last}"))
             gate, up = (experts.gate_up_proj[expert] @ expected.T).chunk(2)
-            assert_near(got[inner], (torch.nn.functional.silu(gate) * up).T.contiguous(), what=inner, factor=20)
+            activated = (torch.nn.functional.silu(gate) * up).T
+            assert_near(in_order(got[inner]), in_order(activated), what=inner, factor=20)
 
 
 def test_nan_in_an_activation_names_the_layer(block_of, family, tmp_path):
