@@ -14,7 +14,17 @@ from ..core.errors import LlmoptError
 from .onnx_trace import captured
 
 _PACKAGE = "onnxruntime_genai"
-_RAISED = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+_RAISED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def known_architectures() -> frozenset[str]:

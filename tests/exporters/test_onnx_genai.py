@@ -177,6 +177,7 @@ def test_rotary_scaling_that_the_builder_gets_wrong_is_known():
 ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
 LLAMA3 = ROPE | {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONG = ROPE | {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor": [2.0] * 8}
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ LONG = ROPE | {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor"
         ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
         ("llama", {"rope_parameters": LLAMA3}),
         ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 32}),
-        ("qwen2", {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0}}),
+        ("qwen2", {"rope_parameters": YARN, "max_position_embeddings": 16384}),
     ],
 )
 def test_windows_and_rotary_scaling(family: str, changes: dict[str, Any], tmp_path: Path):
