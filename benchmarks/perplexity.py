@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import describe
-
 from llmopt.core.errors import UsageError
 from llmopt.core.progress import Silent
 from llmopt.core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
@@ -25,6 +23,7 @@ from llmopt.pipeline.demo import bundled_model
 from llmopt.pipeline.evaluate import evaluate
 from llmopt.pipeline.plan import make_plan
 from llmopt.pipeline.run import run_plan
+from machine import describe
 
 GRIDS = [
     {"bits": 4, "group_size": 32, "symmetric": True},

@@ -71,6 +71,41 @@ class Block(Protocol):
         """Make `weight` the layer's weight: from now on the block computes with `weight.dequantize()`."""
         ...
 
+    def update(self, linear: Linear, weight: Tensor) -> None:
+        """Replace the layer's weight, (out_features, in_features) float32, by another in floating point."""
+        ...
+
+    def channels(self, product: Product) -> Tensor | None:
+        """Return which channel of what makes the product's input each input channel comes from.
+
+        Returns:
+            (in_features,) int64 with values from 0 to groups - 1: input channels of the same group can only be scaled
+            together (the value heads of grouped-query attention feed several input channels each). None when nothing
+            before the product can take up a scale.
+        """
+        ...
+
+    def balance(self, product: Product, factors: Tensor) -> None:
+        """Multiply the columns of the product's layers by `factors` and divide what makes their input by them.
+
+        Args:
+            product: one for which `channels` gave groups.
+            factors: (groups,) float32, positive.
+        """
+        ...
+
+    def output_error(self, linears: Sequence[Linear], trial: Callable[[], None]) -> float:
+        """Return how much the block's output changes on a few calibration batches when `trial` is applied.
+
+        Args:
+            linears: the layers whose weights `trial` changes through `update` or `quantize`; they are put back.
+            trial: changes weights.
+
+        Returns:
+            Mean squared error of the block's output, over its mean square.
+        """
+        ...
+
     def stages(self) -> list[Stage]:
         """Return the block's products in the order in which the forward pass reaches them."""
         ...

@@ -76,6 +76,7 @@ def rope_fault(architecture: str, config: Mapping[str, Any]) -> str | None:
 
     1. For layers of two kinds it computes the angles with two bases, but scales both as the full-attention layers ask.
     2. For Llama it knows the scaling `llama3` and leaves out any other.
+    3. It does not round the bounds of YaRN to whole dimensions, as transformers does unless `truncate` is false.
     """
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     by_layer = "full_attention" in parameters or config.get("rope_local_base_freq") is not None
@@ -85,6 +86,8 @@ def rope_fault(architecture: str, config: Mapping[str, Any]) -> str | None:
         return f"the full-attention layers alone have `{kind}` rotary scaling"
     if architecture == "LlamaForCausalLM" and kind not in ("default", "llama3"):
         return f"it leaves out `{kind}` rotary scaling"
+    if kind == "yarn" and scaling.get("truncate", True):
+        return "it does not round the bounds of `yarn` rotary scaling to whole dimensions"
     return None
 
 

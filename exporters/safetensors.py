@@ -121,8 +121,12 @@ class Safetensors(Exporter[SafetensorsParams]):
         """Unpack every quantized layer and compare codes, scales and zero points bit for bit."""
         if not self._packs(next(iter(model.quantized.values()), None)):
             return None
-        read = read_packed(directory, model.quantized)
-        return all(_equal(weight, model.quantized_weight(name)) for name, weight in read)
+        seen: set[str] = set()
+        for name, weight in read_packed(directory, model.quantized):
+            if not _equal(weight, model.quantized_weight(name)):
+                return False
+            seen.add(name)
+        return seen == set(model.quantized)
 
     def _packs(self, grid: Grid | None) -> bool:
         return grid is not None and self.params.format != "plain"

@@ -21,24 +21,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WIDTHS = {
-    "F64": 8,
     "I64": 8,
+    "F64": 8,
     "F32": 4,
     "I32": 4,
-    "F16": 2,
     "BF16": 2,
+    "F16": 2,
     "I16": 2,
     "F8_E4M3": 1,
+    "F8_E5M2": 1,
     "I8": 1,
     "U8": 1,
     "BOOL": 1,
 }
+"""Bytes of an element; dtypes in the order in which the library puts tensors into a shard."""
+
+_RANKS = {code: rank for rank, code in enumerate(_WIDTHS)}
 _CODES = {
     "torch.float64": "F64",
     "torch.float32": "F32",
     "torch.float16": "F16",
     "torch.bfloat16": "BF16",
     "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
     "torch.int64": "I64",
     "torch.int32": "I32",
     "torch.int16": "I16",
@@ -123,7 +128,7 @@ class ShardWriter:
             raise ValueError(f"never written: {', '.join(sorted(self._places)[:5])}")
 
     def _open(self, path: Path, names: list[str]) -> None:
-        ordered = sorted(names, key=lambda name: (-_WIDTHS[self._specs[name].code], name))
+        ordered = sorted(names, key=lambda name: (_RANKS[self._specs[name].code], name))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name in ordered:

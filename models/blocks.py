@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import LlmoptError
 from ..core.model import Linear, Product, Stage
 from ..core.quantized import QuantizedWeight
+from .producers import Part, Producer, linear_candidates, norm_candidates, same
 from .replay import Replay
 from .skeleton import BlockSite, Skeleton, View
 from .watch import Sighting, Unit, Watch, same_input
+
+_TRIAL_BATCHES = 2
+"""How many calibration batches `output_error` looks at."""
 
 
 class _Enough(Exception):  # noqa: N818  (control flow, no error)
@@ -38,6 +43,10 @@ class LoadedBlock:
         self._once: dict[Unit, bool] = {}
         self.dtype = dtype
         self.results: dict[Linear, QuantizedWeight] = {}
+        self.changed: dict[str, Callable[[], Tensor]] = {}
+        self._order_seen: list[Stage] | None = None
+        self._norms: dict[Unit, list[tuple[str, nn.Module]]] = {}
+        self._producers: dict[Linear, Producer | None] = {}
 
     @property
     def name(self) -> str:
@@ -62,15 +71,62 @@ class LoadedBlock:
         """Make `weight` the layer's weight."""
         self._view(self._views[linear]).copy_(weight.dequantize().float())
         self.results[linear] = weight
+        self.changed.pop(f"{linear.name}.weight", None)
+
+    def update(self, linear: Linear, weight: Tensor) -> None:
+        """Replace the layer's weight by another in floating point, rounded to the dtype it is stored in."""
+        self._view(self._views[linear]).copy_(self._rounded(weight))
+        self.changed[f"{linear.name}.weight"] = lambda: self._stored(linear)
+
+    def channels(self, product: Product) -> Tensor | None:
+        """Return the groups of input channels; see `core.model.Block`."""
+        producer = self._producer(product)
+        return None if producer is None else producer.channels
+
+    def balance(self, product: Product, factors: Tensor) -> None:
+        """Move a scale from the input of `product` into its weights; see `core.model.Block`."""
+        producer = self._producer(product)
+        assert producer is not None, "asked for with channels()"
+        self._balance(product, producer, factors)
+        for part in producer.parts:
+            part.tensor.copy_(self._rounded(part.tensor))
+            self.changed[part.name] = lambda part=part: self._part_stored(part)
+        for linear in product.linears:
+            self.update(linear, self.weight(linear))
+
+    def output_error(self, linears: Sequence[Linear], trial: Callable[[], None]) -> float:
+        """Return how much `trial` changes the block's output; see `core.model.Block`."""
+        before = {linear: self.weight(linear).clone() for linear in linears}
+        results, changed = dict(self.results), dict(self.changed)
+        indices = range(min(len(self._samples), _TRIAL_BATCHES))
+        expected = [self._output(index) for index in indices]
+        try:
+            trial()
+            error = sum(float((self._output(index) - expected[index]).square().mean()) for index in indices)
+        finally:
+            for linear, weight in before.items():
+                self._view(self._views[linear]).copy_(weight)
+            self.results, self.changed = results, changed
+        return error / max(sum(float(one.square().mean()) for one in expected), 1e-30)
 
     def stages(self) -> list[Stage]:
         """Return the block's products in the order in which the forward pass reaches them."""
-        seen: dict[Unit, Sighting] = {}
-        for index in range(len(self._samples)):
-            self._run(index, self._addresses(), lambda unit, tensor: _sight(seen, unit, tensor))
-            break
-        self._once = {unit: sighting.times == 1 for unit, sighting in seen.items()}
-        return list(self._order(seen))
+        if self._order_seen is None:
+            seen: dict[Unit, Sighting] = {}
+            norms: list[tuple[str, nn.Module, Tensor]] = []
+            with self._watching_norms(norms):
+                self._run(0, self._addresses(), lambda unit, tensor: _sight(seen, unit, tensor))
+            self._once = {unit: sighting.times == 1 for unit, sighting in seen.items()}
+            self._order_seen = list(self._order(seen))
+            self._norms = {
+                self._unit(product.linears[0]): [(path, norm) for path, norm, made in norms if same_input(made, read)]
+                for stage in self._order_seen
+                for product in stage
+                for unit in [self._unit(product.linears[0])]
+                if unit in seen
+                for read in [seen[unit].input]
+            }
+        return self._order_seen
 
     def collect(self, stage: Stage, receive: Callable[[Product, Tensor], None]) -> None:
         """Run the calibration samples as far as `stage`; see `core.model.Block`."""
@@ -95,6 +151,100 @@ class LoadedBlock:
                     raise _Enough
 
             self._run(index, addresses, see)
+
+    def _producer(self, product: Product) -> Producer | None:
+        """Return what makes the product's input, found once by trial."""
+        key = product.linears[0]
+        if key not in self._producers:
+            self._producers[key] = next((one for one in self._candidates(product) if self._holds(product, one)), None)
+        return self._producers[key]
+
+    def _candidates(self, product: Product) -> list[Producer]:
+        stages = self.stages()
+        at = next(index for index, stage in enumerate(stages) for one in stage if product.linears[0] in one.linears)
+        earlier = [linear for stage in reversed(stages[:at]) for one in stage for linear in reversed(one.linears)]
+        expert = self._unit(product.linears[0])[1]
+        earlier = [linear for linear in earlier if expert is None or self._unit(linear)[1] == expert]
+        norms = self._norms.get(self._unit(product.linears[0]), [])
+        head_size = getattr(self._skeleton.config.get_text_config(), "head_dim", None)
+        if head_size is None:
+            heads = getattr(self._skeleton.config.get_text_config(), "num_attention_heads", None)
+            head_size = product.in_features // heads if heads and product.in_features % heads == 0 else None
+        names = self._skeleton.checkpoint_name
+        return [*norm_candidates(norms, names), *linear_candidates(product, earlier, self._rows, head_size)]
+
+    def _holds(self, product: Product, producer: Producer) -> bool:
+        """Return whether the block computes the same when the producer and the product are balanced at random."""
+        generator = torch.Generator().manual_seed(0)
+        factors = torch.rand(producer.width, generator=generator) + 0.5
+        kept = [(part.tensor, part.tensor.clone()) for part in producer.parts]
+        kept += [(view, view.clone()) for view in (self._view(self._views[linear]) for linear in product.linears)]
+        expected = self._output(0, whole=True)
+        self._balance(product, producer, factors)
+        holds = same(expected, self._output(0, whole=True))
+        for tensor, before in kept:
+            tensor.copy_(before)
+        return holds
+
+    def _balance(self, product: Product, producer: Producer, factors: Tensor) -> None:
+        for part in producer.parts:
+            part.divide(factors)
+        for linear in product.linears:
+            self._view(self._views[linear]).mul_(factors[producer.channels])
+
+    def _rows(self, linear: Linear, rows: slice) -> tuple[Part, ...]:
+        """Return rows of a layer's weight, and of its bias where it has one."""
+        view = self._views[linear]
+        parts = [Part(f"{linear.name}.weight", self._view(view)[rows])]
+        bias = f"{view.parameter.removesuffix('.weight')}.bias"
+        name = self._skeleton.checkpoint_name(bias)
+        if name is not None and view.rows is None:
+            parts.append(Part(name, self._skeleton.parameter(bias).data[rows]))
+        return tuple(parts)
+
+    def _output(self, index: int, *, whole: bool = False) -> Any:
+        args, kwargs = self._samples.call(self._site, index)
+        with torch.no_grad():
+            made = self._site.module(*args, **kwargs)
+        return made if whole or isinstance(made, Tensor) else made[0]
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        return weight.to(getattr(torch, self.dtype)).float()
+
+    def _stored(self, linear: Linear) -> Tensor:
+        weight = self.weight(linear)
+        stored = weight.T if self._views[linear].transposed else weight
+        return stored.to(getattr(torch, self.dtype)).contiguous()
+
+    def _part_stored(self, part: Part) -> Tensor:
+        """Return the whole checkpoint tensor that a part is of."""
+        for linear, view in self._views.items():
+            if part.name == f"{linear.name}.weight":
+                return self._stored(linear)
+            if part.name.endswith(".bias") and part.name.removesuffix(".bias") == linear.name:
+                bias = self._skeleton.parameter(f"{view.parameter.removesuffix('.weight')}.bias")
+                return bias.data.to(getattr(torch, self.dtype)).contiguous()
+        return part.tensor.to(getattr(torch, self.dtype)).contiguous()
+
+    @contextmanager
+    def _watching_norms(self, norms: list[tuple[str, nn.Module, Tensor]]) -> Iterator[None]:
+        """Note the output of every module of the block that has a 1-D weight."""
+        handles: list[Any] = []
+        for path, module in self._site.module.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.ndim == 1:
+                name = f"{self._site.name}.{path}"
+
+                def note(_: nn.Module, __: Any, made: Any, name: str = name, module: nn.Module = module) -> None:
+                    if isinstance(made, Tensor):
+                        norms.append((name, module, made))
+
+                handles.append(module.register_forward_hook(note))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @property
     def _samples(self) -> Replay:

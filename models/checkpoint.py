@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 * 1024 * 1024
+_AGAIN = "the checkpoint is damaged: fetch or save it again"
+_FETCH_AGAIN = "the checkpoint is damaged: fetch or save it again"
 
 DTYPES: dict[str, tuple[str, int]] = {
     "F64": ("float64", 8),
@@ -79,7 +81,7 @@ class Checkpoint:
             for name, info in read_header(shard).items():
                 self.tensors[name] = info
         if not self.tensors:
-            raise LlmoptError("the checkpoint holds no tensor", where=str(folder))
+            raise LlmoptError("the checkpoint holds no tensor", where=str(folder), hint=_FETCH_AGAIN)
         self._check_index()
 
     def __contains__(self, name: object) -> bool:
@@ -104,7 +106,7 @@ class Checkpoint:
             raise LlmoptError(
                 f"weight `{name}` holds NaN or Inf",
                 where=f"{bad} of {tensor.numel()} values, in {info.shard.name}",
-                hint="the checkpoint is damaged: fetch or save it again",
+                hint=_FETCH_AGAIN,
             )
         return tensor
 
@@ -140,10 +142,16 @@ def _weight_map(path: Path) -> Mapping[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise LlmoptError(f"{path.name} is damaged", where=f"{path}\n{error!r}") from None
+        raise LlmoptError(f"{path.name} is damaged", where=f"{path}\n{error!r}", hint=_FETCH_AGAIN) from None
+    if not isinstance(weight_map, dict):
+        raise LlmoptError(f"{path.name} is damaged", where=f"{path}\n`weight_map` is no object", hint=_FETCH_AGAIN)
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file or file in {"", ".", ".."}:
-            raise LlmoptError(f"{path.name} points outside its folder", where=f"shard name {file!r}")
+            raise LlmoptError(
+                f"{path.name} points outside its folder",
+                where=f"shard name {file!r}",
+                hint="put all shards beside the index, and name them there without a path",
+            )
     return weight_map
 
 
@@ -178,12 +186,13 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if length < 2 or length > _MAX_HEADER or 8 + length > size:
-            raise _damaged(shard, f"its header says {length} bytes, the file has {size}")
+            said = f"says {length} bytes" if length >= 0 else "is cut short"
+            raise _damaged(shard, f"its header {said}, the file has {size}")
         raw = stream.read(length)
     try:
         header = json.loads(raw)
         entries = dict(_entries(header, shard))
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(shard, f"its header cannot be read: {error}") from None
     _check_offsets(header, entries, shard, size - 8 - length)
     return entries
@@ -196,7 +205,14 @@ def _entries(header: dict[str, Any], shard: Path) -> Iterator[tuple[str, TensorI
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"`{name}` has the unknown dtype {entry['dtype']!r}")
         dtype, width = DTYPES[entry["dtype"]]
-        shape = tuple(int(size) for size in entry["shape"])
+        shape = tuple(entry["shape"])
+        if not all(type(number) is int and number >= 0 for number in (*shape, *entry["data_offsets"])):
+            raise ValueError(f"`{name}` has a shape or offsets that are no sizes")
+        if len(entry["data_offsets"]) != 2:
+            raise ValueError(f"`{name}` needs two offsets")
+        begin, end = entry["data_offsets"]
+        if not (isinstance(begin, int) and isinstance(end, int)) or min((begin, end, *shape)) < 0:
+            raise ValueError(f"`{name}` has shape {entry['shape']} and offsets {entry['data_offsets']}")
         yield name, TensorInfo(shard, dtype, shape, prod(shape) * width)
 
 
@@ -204,7 +220,11 @@ def _check_offsets(header: dict[str, Any], entries: dict[str, TensorInfo], shard
     position = 0
     for name, info in sorted(entries.items(), key=lambda item: tuple(header[item[0]]["data_offsets"])):
         begin, end = header[name]["data_offsets"]
-        if begin != position or end - begin != info.nbytes:
+        if begin != position:
+            raise _damaged(
+                shard, f"`{name}` begins at byte {begin} of the data, the tensor before it ends at {position}"
+            )
+        if end - begin != info.nbytes:
             raise _damaged(
                 shard,
                 f"`{name}` {list(info.shape)} {info.dtype} takes {info.nbytes} bytes, its offsets say {end - begin}",
@@ -215,6 +235,4 @@ def _check_offsets(header: dict[str, Any], entries: dict[str, TensorInfo], shard
 
 
 def _damaged(shard: Path, why: str) -> LlmoptError:
-    return LlmoptError(
-        f"{shard.name} is damaged", where=f"{shard}\n{why}", hint="the checkpoint is damaged: fetch or save it again"
-    )
+    return LlmoptError(f"{shard.name} is damaged", where=f"{shard}\n{why}", hint=_FETCH_AGAIN)

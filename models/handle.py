@@ -76,7 +76,8 @@ class TorchModel:
         layer = name.removesuffix(".weight")
         if layer in self.store.grids:
             return self._stored(layer)
-        tensor = self._cast(name, self.checkpoint.read(name))
+        raw = self.store.get_changed(name) if name in self.store.changed else self.checkpoint.read(name)
+        tensor = self._cast(name, raw)
         experts = [f"{layer}.{index}" for index in range(tensor.shape[0])] if tensor.ndim == 3 else []
         for index, expert in enumerate(experts):
             if expert in self.store.grids:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import LlmoptError, UsageError, nearest
+from ..core.errors import LlmoptError, UsageError
 from ..core.recipe import ModelSpec
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
@@ -63,9 +64,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LlmoptError("config.json is not valid JSON", where=f"{path}\n{error}") from None
-    if not isinstance(config, dict):
-        raise LlmoptError("config.json is not an object", where=str(path))
+        hint = "fetch config.json again, or save it with transformers' save_pretrained"
+        raise LlmoptError("config.json is not valid JSON", where=f"{path}\n{error}", hint=hint) from None
+    names = config.get("architectures") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(names or [], list):
+        what = "config.json is not an object" if names is None else "`architectures` in config.json is not a list"
+        raise LlmoptError(what, where=str(path), hint='it begins like {"architectures": ["LlamaForCausalLM"], …')
     return config
 
 
@@ -86,7 +90,11 @@ def check_folder(folder: Path, spec: ModelSpec) -> None:
                 hint="convert it once where you trust it: "
                 "AutoModel.from_pretrained(DIR).save_pretrained(OUT) with transformers, then use OUT",
             )
-        raise UsageError(f"`{spec.id}` holds no weights", where=f"there is no *.safetensors file in {folder}")
+        raise UsageError(
+            f"`{spec.id}` holds no weights",
+            where=f"there is no *.safetensors file in {folder}",
+            hint="fetch the weights too; the folder is given that holds them beside config.json",
+        )
     if "auto_map" in read_config(folder) and not spec.trust_remote_code:
         architecture = (read_config(folder).get("architectures") or ["?"])[0]
         if not _is_native(read_config(folder).get("model_type")):
@@ -111,13 +119,16 @@ def _looks_like_hub_id(name: str) -> bool:
     return len(parts) <= 2 and all(parts) and not name.startswith((".", "~", "/")) and "\\" not in name
 
 
-def _missing_hint(path: Path) -> str:
+def near_folder(path: Path) -> str | None:
+    """Return a hint for a folder that is not there: one beside it with a like name, None without such."""
     parent = path.parent
-    if parent.is_dir():
-        folders = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-        if folders:
-            return f"in {parent}: {nearest(path.name, folders)}"
-    return "give a local folder or a hub id such as org/name"
+    folders = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    close = get_close_matches(path.name, folders, n=1, cutoff=0.5)
+    return f"did you mean `{parent / close[0]}`?" if close else None
+
+
+def _missing_hint(path: Path) -> str:
+    return near_folder(path) or "give a local folder or a hub id such as org/name"
 
 
 def _snapshot(spec: ModelSpec) -> Path:

@@ -120,6 +120,7 @@ class Naming:
 
     def _check(self) -> None:
         ignorable = [re.compile(pattern) for pattern in self._model._keys_to_ignore_on_load_missing or ()]
+        self._check_layers()
         tied = _tied_groups(self._model)
         for name, parameter in self._model.named_parameters():
             if any(alias in self.of_target for alias in tied.get(id(parameter), (name,))):
@@ -140,6 +141,23 @@ class Naming:
                         where=f"it gives {target} {list(shape)}, the model has {list(expected[target])}",
                         hint="the weights belong to another config.json",
                     )
+
+    def _check_layers(self) -> None:
+        """Refuse a checkpoint with more blocks than config.json has: transformers would drop the last ones silently."""
+        ignorable = [re.compile(pattern) for pattern in self._model._keys_to_ignore_on_load_unexpected or ()]
+        used = {_role(name) for binding in self.bindings for name, _ in binding.sources}
+        for name in self.unused:
+            if _role(name) in used and not any(pattern.search(name) for pattern in ignorable):
+                raise LlmoptError(
+                    f"the checkpoint holds weights that config.json has no place for, such as `{name}`",
+                    where=f"{self._checkpoint.folder}: {type(self._model).__name__} of that config.json has fewer blocks or experts",
+                    hint="the weights belong to another config.json",
+                )
+
+
+def _role(name: str) -> str:
+    """Return a tensor's name with `*` for the number of its block, and of its expert."""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _tied_groups(model: PreTrainedModel) -> dict[int, list[str]]:
@@ -168,7 +186,14 @@ def _bind(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[list[Binding]
         binding = bindings.setdefault(first, Binding(first, of_pattern[pattern] if pattern else None))
         binding.sources.append((name, pattern or name))
     for binding in bindings.values():
-        made = binding.convert(lambda name: _meta(checkpoint, name), model)
+        try:
+            made = binding.convert(lambda name: _meta(checkpoint, name), model)
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+            raise LlmoptError(
+                f"the weights that `{binding.first}` is made of do not fit together",
+                where=f"{len(binding.sources)} tensors, from `{binding.sources[0][0]}` on\n{str(error).splitlines()[0]}",
+                hint="the checkpoint is incomplete or belongs to another config.json",
+            ) from error
         binding.targets = {target: tensor.shape for target, tensor in made.items()}
     return list(bindings.values()), unused
 

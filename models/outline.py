@@ -92,7 +92,9 @@ def _linears(tensors: dict[str, TensorInfo], stacks: tuple[str, ...]) -> list[Li
             candidates.append((role, name.removesuffix(".weight"), info))
     linears: list[LinearFacts] = []
     experts = _expert_counts(tensors)
-    turned = {role.partition(".*.")[0] for role, name, info in candidates if _lies(tensors, name, info) == (False, True)}
+    turned = {
+        role.partition(".*.")[0] for role, name, info in candidates if _lies(tensors, name, info) == (False, True)
+    }
     for role, name, info in candidates:
         stack = role.partition(".*.")[0]
         is_router = info.shape[0] == experts.get(name.rpartition(".")[0])

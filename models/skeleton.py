@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,10 +20,22 @@ from transformers.pytorch_utils import Conv1D
 from ..core.errors import LlmoptError, UsageError
 from ..core.model import Linear
 from .checkpoint import Checkpoint
-from .locate import Location
+from .locate import Location, read_config
 from .naming import Naming, Rows
 
 _SMALLEST = 16
+_CONFIG_ERRORS = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    AssertionError,
+    OSError,
+    StrictDataclassError,
+)
+"""What transformers raises over a config.json that it cannot use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +96,12 @@ class Skeleton:
     def sites(self) -> list[BlockSite]:
         """All blocks of all stacks."""
         return [site for stack in self.stacks for site in stack]
+
+    def checkpoint_name(self, name: str) -> str | None:
+        """Return the checkpoint tensor that a parameter is read from as it is; None when it is made of several."""
+        target = self._target(name)
+        binding = None if target is None else self.naming.of_target[target]
+        return binding.sources[0][0] if binding is not None and binding.converter is None else None
 
     def parameter(self, name: str) -> Tensor:
         """Return the current tensor of a parameter."""
@@ -234,20 +253,33 @@ def load_config(location: Location) -> Any:
     """Return transformers' config object.
 
     Raises:
-        UsageError: transformers does not know the architecture.
+        UsageError: transformers does not know the architecture, or cannot use a value of config.json.
     """
+    known = read_config(location.folder).get("model_type") in transformers.CONFIG_MAPPING
     try:
         with quiet():
             return AutoConfig.from_pretrained(
                 location.folder, trust_remote_code=location.trust_remote_code, local_files_only=True
             )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except _CONFIG_ERRORS as error:
+        if known:
+            raise _no_model(location, error) from error
         first = str(error).strip().splitlines()[0]
         raise UsageError(
             f"`{location.source}` has an architecture that transformers {transformers.__version__} does not know",
             where=first[:300],
             hint="check `model_type` in config.json; a model with code of its own needs --trust-remote-code",
         ) from None
+
+
+def _no_model(location: Location, error: Exception) -> UsageError:
+    cause = error.__cause__ or error
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return UsageError(
+        f"config.json of `{location.source}` makes no model",
+        where=f"{type(cause).__name__}: {lines[0][:300]}",
+        hint="correct config.json, or fetch the model again",
+    )
 
 
 def model_class(config: Any, location: Location) -> Any:
@@ -264,7 +296,7 @@ def model_class(config: Any, location: Location) -> Any:
             if str(reference).endswith(f".{name}"):
                 return get_class_from_dynamic_module(reference, location.folder)
     found = getattr(transformers, name, None) if name else None
-    if found is None:
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise UsageError(
             f"unknown architecture `{name}`" if name else "config.json names no architecture",
             where=f"`architectures` in {location.folder / 'config.json'}",
@@ -281,8 +313,11 @@ def _empty_model(config: Any, location: Location) -> PreTrainedModel:
             hint="start from the floating-point model",
         )
     kind = model_class(config, location)
-    with quiet(), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
+    try:
+        with quiet(), init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
+    except _CONFIG_ERRORS as error:
+        raise _no_model(location, error) from error
     model.tie_weights()
     if _chooses_experts(model):
         model.set_experts_implementation("eager")  # one product an expert, so that each can be watched

@@ -1,4 +1,4 @@
-"""Finished quantized layers on disk, in llmopt's own terms, so that memory holds one block and not the model."""
+"""What the passes have made, on disk, in llmopt's own terms, so that memory holds one block and not the model."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class WorkStore:
 
     Attributes:
         grids: the grid of each layer.
+        changed: floating-point checkpoint tensors that are different now, and the file of each.
         transposed: the layers that the checkpoint stores as (in, out); a square matrix does not tell.
     """
 
@@ -29,14 +30,30 @@ class WorkStore:
         self._folder = folder
         self._files: dict[str, Path] = {}
         self.grids: dict[str, Grid] = {}
+        self.changed: dict[str, Path] = {}
+        self._files_written = 0
         self.transposed: set[str] = set()
 
     def put(
-        self, block: str, results: Mapping[Linear, QuantizedWeight], *, transposed: Collection[Linear] = ()
+        self,
+        block: str,
+        results: Mapping[Linear, QuantizedWeight],
+        *,
+        transposed: Collection[Linear] = (),
+        changed: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write the layers of one block; `transposed` are those that the checkpoint stores as (in, out)."""
-        tensors: dict[str, Tensor] = {}
-        path = self._folder / f"{block}.safetensors"
+        """Write what the passes of one sweep made of one block.
+
+        Args:
+            block: its name.
+            results: quantized layers.
+            transposed: the layers that the checkpoint stores as (in, out).
+            changed: floating-point checkpoint tensors that are different now.
+        """
+        self._files_written += 1
+        path = self._folder / f"{self._files_written:06d}-{block}.safetensors"
+        tensors: dict[str, Tensor] = dict(changed or {})
+        self.changed.update(dict.fromkeys(tensors, path))
         for linear, weight in results.items():
             tensors[f"{linear.name}.codes"] = weight.codes.contiguous()
             tensors[f"{linear.name}.scale"] = weight.scale.contiguous()
@@ -48,6 +65,11 @@ class WorkStore:
                 self.transposed.add(linear.name)
         if tensors:
             save_file(tensors, path)
+
+    def get_changed(self, name: str) -> Tensor:
+        """Read a floating-point tensor that a pass has changed."""
+        with safe_open(self.changed[name], framework="pt") as file:
+            return file.get_tensor(name)
 
     def get(self, name: str) -> QuantizedWeight:
         """Read one layer."""

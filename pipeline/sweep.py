@@ -49,7 +49,8 @@ def run_sweep(
                         result.absorb(_run(one, block, context))
                     if replay is not None and site is not last:
                         replay.finish(site, first=site is stack[0])
-                    model.store.put(block.name, block.results, transposed=block.transposed)
+                    changed = {name: stored() for name, stored in block.changed.items()}
+                    model.store.put(block.name, block.results, transposed=block.transposed, changed=changed)
                 step.advance(detail=site.name)
     return results
 

@@ -172,12 +172,14 @@ def test_rotary_scaling_that_the_builder_gets_wrong_is_known():
     assert rope_fault("LlamaForCausalLM", {"rope_scaling": {"type": "linear", "factor": 2.0}})
     assert rope_fault("LlamaForCausalLM", {"rope_scaling": {"rope_type": "llama3"}}) is None
     assert rope_fault("LlamaForCausalLM", {}) is None
+    assert rope_fault("Qwen2ForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    assert rope_fault("Qwen2ForCausalLM", {"rope_scaling": {"rope_type": "yarn", "truncate": False}}) is None
 
 
 ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
 LLAMA3 = ROPE | {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONG = ROPE | {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor": [2.0] * 8}
-YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "truncate": False}
 
 
 @pytest.mark.parametrize(

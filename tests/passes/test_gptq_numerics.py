@@ -67,9 +67,9 @@ def test_codes_equal_a_slow_reference(grid, act_order):
     expected = reference_codes(w, matrix, grid, damping=0.05, act_order=act_order)
     factor = factorize(matrix.clone(), damping=0.05, act_order=act_order)
     quantized, _ = gptq(w, factor, grid, torch.float32, refits=0)
-    # A weight halfway between two codes may fall to either side in float32, and carries its row's later columns along.
-    assert float((quantized.codes != expected).any(1).float().mean()) <= 1 / w.shape[0]
-    assert float((quantized.codes != expected).float().mean()) <= 0.01
+    # A group's largest weight lies halfway between two codes of a symmetric grid, where float32 and float64 may part;
+    # what follows it in its row then parts too.
+    assert int((quantized.codes != expected).any(1).sum()) <= 1
 
 
 def test_more_columns_than_a_batch_of_columns():
