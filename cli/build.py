@@ -42,15 +42,18 @@ def execute(
     dry_run: bool = False,
     save_recipe: Path | None = None,
     force: bool = False,
+    inputs: Iterable[Path] = (),
     notes: Iterable[str] = (),
 ) -> None:
     """Check a recipe, and unless it is a dry run, carry it out and show what was made.
 
-    `notes` are said once the recipe is known to work.
+    `inputs` are further files that are read and so must not lie in the output. `notes` are said once the recipe is
+    known to work.
 
     Raises:
         UsageError: the recipe cannot work, or no output was named.
     """
+    from ..pipeline.output import check_output, inputs_of
     from ..pipeline.plan import make_plan
     from ..pipeline.recipe import dump_recipe
     from .views import manifest_sections, plan_sections
@@ -58,6 +61,8 @@ def execute(
     if output is None and not dry_run:
         raise UsageError("no output folder given", hint="name one with -o DIR, or use --dry-run to see the plan")
     plan = make_plan(recipe)
+    if output is not None:
+        check_output(output, force=force or dry_run, inputs=[*inputs_of(recipe), *inputs])
     for note in notes:
         screen.reporter.note(note)
     if save_recipe is not None:

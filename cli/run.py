@@ -27,4 +27,4 @@ def command(
     screen = open_screen(json=json, quiet=quiet, verbose=verbose)
     loaded = load_recipe(recipe)
     target = output if output is not None or dry_run else default_output(recipe)
-    execute(loaded, target, screen, dry_run=dry_run, force=force)
+    execute(loaded, target, screen, dry_run=dry_run, force=force, inputs=[recipe])

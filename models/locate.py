@@ -124,7 +124,8 @@ def near_folder(path: Path) -> str | None:
     parent = path.parent
     folders = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
     close = get_close_matches(path.name, folders, n=1, cutoff=0.5)
-    return f"did you mean `{parent / close[0]}`?" if close else None
+    place = f"in {parent}: " if parent != Path() else ""
+    return f"{place}did you mean `{close[0]}`?" if close else None
 
 
 def _missing_hint(path: Path) -> str:

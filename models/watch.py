@@ -60,10 +60,13 @@ class Sighting:
 
 
 def same_input(first: Tensor, second: Tensor) -> bool:
-    """Return whether two inputs are the same memory seen the same way."""
-    return (
-        first.data_ptr() == second.data_ptr()
-        and first.shape == second.shape
-        and first.stride() == second.stride()
-        and first._version == second._version
-    )
+    """Return whether two inputs are the same memory seen the same way, rows of tokens flattened or not."""
+    if (
+        first.data_ptr() != second.data_ptr()
+        or first._version != second._version
+        or first.shape[-1:] != second.shape[-1:]
+    ):
+        return False
+    if first.is_contiguous() and second.is_contiguous():
+        return first.numel() == second.numel()
+    return first.shape == second.shape and first.stride() == second.stride()

@@ -6,12 +6,15 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core.errors import UsageError
 from ..core.manifest import MANIFEST, FileRecord
+from ..core.recipe import Recipe
+
+_ELSEWHERE = "give a folder you may write to with -o"
 
 
 class Staging:
@@ -35,41 +38,69 @@ class Staging:
 
     def set_aside(self) -> Path:
         """Move the artifact to `OUTPUT.failed`, for a look at what went wrong, and return that path."""
-        failed = self._output.with_name(f"{self._output.name}.failed")
+        failed = failed_folder(self._output)
         replace_folder(self.root, failed)
         return failed
 
 
 @contextmanager
-def staging(output: Path, *, force: bool) -> Generator[Staging]:
-    """Have a staging folder for `output`.
+def staging(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> Generator[Staging]:
+    """Have a staging folder for `output`; see `check_output`.
 
     Raises:
         UsageError: the output exists and `force` is not set, is not one of ours, or cannot be written.
     """
-    check_output(output, force=force)
+    check_output(output, force=force, inputs=inputs)
+    output = output.resolve() if ".." in output.parts else output
+    made = [parent for parent in output.parents if not parent.exists()]
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to `{output.parent}`", where=error.strerror, hint="give a folder you may write to with -o"
-        ) from None
-    try:
-        yield Staging(output, folder)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+        except OSError as error:
+            raise UsageError(f"cannot write to `{output.parent}`", where=error.strerror, hint=_ELSEWHERE) from None
+        try:
+            yield Staging(output, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:  # the innermost first; one that holds something now stays
+            with suppress(OSError):
+                parent.rmdir()
 
 
-def check_output(output: Path, *, force: bool) -> None:
-    """Refuse an output that must not be replaced.
+def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuse an output that must not or cannot be replaced.
+
+    Args:
+        output: the folder to write.
+        force: replace a former artifact of ours.
+        inputs: files and folders that are read; an output that holds one of them would destroy it.
 
     Raises:
-        UsageError: it exists and `force` is not set, or it is no artifact of ours.
+        UsageError: it exists and `force` is not set, is no artifact of ours, or holds an input.
     """
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise UsageError(f"`{output}` is not a folder", hint="give another one with -o")
-    if not output.exists() or not any(output.iterdir()):
+    try:
+        _check_place(output)
+        place = output.resolve()
+        if not output.exists():
+            return
+        former = any(output.iterdir())
+    except OSError as error:
+        raise UsageError(f"cannot write to `{output}`", where=error.strerror, hint=_ELSEWHERE) from None
+    if place in (Path.cwd(), *Path.cwd().parents):
+        raise UsageError(
+            f"`{output}` is the folder you are in, or one above it",
+            where=str(place),
+            hint="an artifact replaces its folder whole: give the name of a folder in it with -o",
+        )
+    if os.path.ismount(place):
+        raise UsageError(
+            f"`{output}` is a mount point",
+            where="an artifact replaces its folder whole, which a mount point does not allow",
+            hint=f"give a folder in it: -o {output / 'model'}",
+        )
+    if not former:
         return
     if not (output / MANIFEST).is_file():
         raise UsageError(
@@ -77,8 +108,35 @@ def check_output(output: Path, *, force: bool) -> None:
             where=f"there is no {MANIFEST} in it",
             hint="give another folder with -o, or remove it yourself",
         )
+    for path in inputs:
+        if path.resolve().is_relative_to(place):
+            raise UsageError(f"`{output}` holds what is read", where=str(path), hint="give another folder with -o")
     if not force:
         raise UsageError(f"`{output}` exists already", hint="replace it with --force, or give another folder with -o")
+
+
+def inputs_of(recipe: Recipe) -> list[Path]:
+    """Return the local files and folders that a recipe reads."""
+    named = [recipe.model.id] if recipe.calibration is None else [recipe.model.id, recipe.calibration.data]
+    return [path for name in named if (path := Path(name).expanduser()).exists()]
+
+
+def failed_folder(output: Path) -> Path:
+    """Return where an artifact goes whose verification failed: never over something that is not an artifact of ours."""
+    names = (f"{output.name}.failed{number}" for number in ("", *(f".{index}" for index in range(2, 1000))))
+    places = (output.with_name(name) for name in names)
+    return next(place for place in places if not place.exists() or (place / MANIFEST).is_file())
+
+
+def _check_place(output: Path) -> None:
+    """Refuse a path that no folder can have."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise UsageError(f"`{output}` is not a folder", hint="give another one with -o")
+    above = next(parent for parent in output.parents if parent.exists())
+    if not above.is_dir():
+        raise UsageError(f"cannot write to `{output}`", where=f"`{above}` is not a folder", hint=_ELSEWHERE)
+    if not output.exists() and not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write to `{output}`", where=f"`{above}` may not be written to", hint=_ELSEWHERE)
 
 
 def replace_folder(new: Path, place: Path) -> None:
@@ -86,11 +144,12 @@ def replace_folder(new: Path, place: Path) -> None:
     former = None
     if place.exists():
         former = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".former", dir=place.parent)) / "artifact"
-        place.rename(former)
     try:
+        if former is not None:
+            place.rename(former)
         new.rename(place)
     except BaseException:
-        if former is not None:
+        if former is not None and former.exists():
             former.rename(place)
         raise
     finally:

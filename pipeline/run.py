@@ -25,7 +25,7 @@ from ..models.locate import Location, locate
 from ..models.reference import reference_outputs
 from ..models.text import load_tokenizer
 from .fingerprint import FINGERPRINT, shortened, write_fingerprint
-from .output import Staging, file_records, readable, staging
+from .output import Staging, file_records, inputs_of, readable, staging
 from .parity import ROWS, Reference, compare, make_reference
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
 from .sweep import run_sweep
@@ -56,7 +56,7 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         UnmetError: an artifact is not the model that was exported; it lies at `OUTPUT.failed`.
         LlmoptError: anything else that went wrong.
     """
-    with staging(output, force=force) as stage:
+    with staging(output, force=force, inputs=inputs_of(plan.recipe)) as stage:
         location = locate(plan.recipe.model)
         source = _Source(location, Checkpoint(location.folder), _load_samples(plan, location, reporter))
         model = TorchModel.create(location, source.checkpoint, plan.facts, stage.work)

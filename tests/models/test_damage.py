@@ -272,7 +272,8 @@ class TestFolders:
         (tmp_path / "llama").mkdir()
         error = self.refused(tmp_path / "lama")
         assert error.what == f"no model at `{tmp_path / 'lama'}`"
-        assert "did you mean `llama`?" in (error.hint or "")
+        assert (error.hint or "").startswith("did you mean `")
+        assert (error.hint or "").endswith("llama`?")
         assert error.exit_code == 2
 
     def test_a_file(self, model):
