@@ -231,10 +231,9 @@ def _unlike(rows: list[list[int]], others: list[list[int]], count: int) -> list[
 
 def _report(samples: Samples, source: Source, drawn: _Drawn, cut: _Cut, reporter: Reporter) -> None:
     running = source.is_text and samples.documents == 1
-    documents = "one running text" if running else f"{samples.documents} documents"
-    reporter.note(
-        f"calibration: {len(samples.rows)} samples, {samples.tokens} tokens from {documents} ({source.label})"
-    )
+    documents = "one running text" if running else _count(samples.documents, "document")
+    rows = _count(len(samples.rows), "sample")
+    reporter.note(f"calibration: {rows}, {samples.tokens} tokens from {documents} ({source.label})")
     if not drawn.ended:
         reporter.note(f"calibration: stopped reading after {documents}, which are enough to draw from")
     if drawn.empty:
@@ -248,12 +247,16 @@ def _too_few(spec: CalibrationSpec, source: Source, drawn: _Drawn, cut: _Cut) ->
     found = len(cut.rows)
     use = [f"--samples {found}"] if found else []
     if spec.packing:
-        what = f"calibration data holds {found} samples of {spec.length} tokens, {spec.samples} asked for"
+        what = f"calibration data holds {_count(found, 'sample')} of {spec.length} tokens, {spec.samples} asked for"
         where = f"{source.spec}: {cut.available} tokens"
         if cut.available // spec.samples >= SHORTEST:
             use.append(f"--length {cut.available // spec.samples}")
     else:
-        what = f"calibration data holds {found} samples, {spec.samples} asked for"
-        where = f"{source.spec}: {drawn.seen} texts, {cut.short} of them with fewer than {SHORTEST} tokens"
+        what = f"calibration data holds {_count(found, 'sample')}, {spec.samples} asked for"
+        where = f"{source.spec}: {_count(drawn.seen, 'text')}, {cut.short} of them with fewer than {SHORTEST} tokens"
     hint = f"use {' or '.join(use)}, or name more text" if use else "name more text"
     return LlmoptError(what, where=where, hint=hint)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

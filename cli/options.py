@@ -130,7 +130,8 @@ def parse_value(raw: Any, parameter: Parameter, *, option: str, where: str | Non
     except msgspec.ValidationError as error:
         shown = value_text(raw)
         details = "\n".join(line for line in (where, _expected(error, parameter)) if line)
-        raise UsageError(f"bad value for {option}: {shown}", where=details, hint=_hint(shown, parameter)) from None
+        hint = _hint(shown, parameter, option)
+        raise UsageError(f"bad value for {option}: {shown}", where=details, hint=hint) from None
     return list(value) if isinstance(value, tuple) else msgspec.to_builtins(value)
 
 
@@ -139,10 +140,13 @@ def _expected(error: msgspec.ValidationError, parameter: Parameter) -> str:
     return f"expected {words}" if words != "value" else describe(error)
 
 
-def _hint(shown: str, parameter: Parameter) -> str | None:
+def _hint(shown: str, parameter: Parameter, option: str) -> str:
     choices = [item for item in parameter.metavar.split("|") if item not in {"N", "X", "TEXT", "VALUE"}]
     hint = nearest(shown, choices) if len(choices) > 1 else ""
-    return hint if hint.startswith("did you mean") else None
+    if hint.startswith("did you mean"):
+        return hint
+    join = " " if option.startswith("--") else "="
+    return f"for example {option}{join}{parameter.default_text or parameter.metavar}"
 
 
 def parse_pairs(text: str, struct: type[msgspec.Struct], *, where: str) -> dict[str, Any]:

@@ -80,11 +80,15 @@ class Exporter(Generic[P]):
     def __init__(self, params: P) -> None:
         self.params = params
 
+    def opened_in(self) -> str:
+        """Return the entry of runtimes/ that opens the artifact: `runtime`, unless the parameters decide."""
+        return self.runtime
+
     def check(self, facts: ModelFacts, grid: Grid | None) -> None:
         """Refuse what the format or its runtime cannot hold, from the outline alone.
 
         Args:
-            facts: the model's outline.
+            facts: the model's outline; of the linear layers those that the passes quantize, if they quantize any.
             grid: the grid the passes put weights on, None for a floating-point model.
 
         Raises:

@@ -65,7 +65,7 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole record."""
+    """The whole record; `files` are those that belong to no single export."""
 
     llmopt: str
     recipe: dict[str, Any]
@@ -75,3 +75,4 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     passes: list[PassRecord]
     exports: list[ExportRecord]
+    files: dict[str, FileRecord] = {}

@@ -94,6 +94,15 @@ class Block(Protocol):
         """
         ...
 
+    def norm_weight(self, product: Product) -> Tensor | None:
+        """Return what the norm that makes the product's input multiplies by, before its bias.
+
+        Returns:
+            (groups,) float32, in the order of `channels`, 1 + weight where the norm has it so; None when no norm that
+            can take up a scale makes the input.
+        """
+        ...
+
     def output_error(self, linears: Sequence[Linear], trial: Callable[[], None]) -> float:
         """Return how much the block's output changes on a few calibration batches when `trial` is applied.
 

@@ -32,6 +32,31 @@ Ignore = Annotated[
 ]
 
 
+class Override(Params, frozen=True, kw_only=True):
+    """Another grid for the layers that a pattern matches; what it does not name stays as the pass has it."""
+
+    pattern: Annotated[
+        str, Meta(min_length=1, description="Layers: a glob (`*.down_proj`) or a `re:` regular expression.")
+    ]
+    bits: Annotated[Literal[2, 3, 4, 5, 6, 8] | None, Meta(description="Bits per weight of these layers.")] = None
+    group_size: Annotated[
+        Annotated[int, Meta(ge=1)] | Literal["channel", "tensor"] | None,
+        Meta(description="Weights that share a scale in these layers."),
+    ] = None
+    symmetric: Annotated[
+        bool | None, Meta(description="Whether the zero point is fixed in the middle of the grid in these layers.")
+    ] = None
+    ignore: Annotated[bool, Meta(description="Leave these layers as they are.")] = False
+
+
+Overrides = Annotated[
+    tuple[Override, ...],
+    Meta(
+        description="Layers that get another grid than the rest, or none; the first whose pattern fits a layer holds."
+    ),
+]
+
+
 def convert(raw: Any, kind: type[T], *, where: str) -> T:
     """Check `raw` (plain data from a recipe or a command line) against a struct and build it.
 
@@ -52,7 +77,25 @@ def convert(raw: Any, kind: type[T], *, where: str) -> T:
     try:
         return msgspec.convert(raw, kind, strict=True)
     except msgspec.ValidationError as error:
-        raise UsageError("bad value in the parameters", where=f"{where}\n{describe(error)}") from None
+        raise UsageError(
+            "bad value in the parameters", where=f"{where}\n{describe(error)}", hint=_allowed(error, kind)
+        ) from None
+
+
+def _allowed(error: msgspec.ValidationError, kind: Any) -> str:
+    """Return a hint that says what the field at fault may be."""
+    field = str(error).partition(" - at `$.")[2].rstrip("`").partition("[")[0]
+    fields = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"]
+    schema = fields.get(field, {})
+    parts = [schema, *schema.get("anyOf", ())]
+    choices = [str(choice) for part in parts for choice in part.get("enum", ())]
+    if choices and any(part.get("type") == "integer" for part in parts):
+        return f"{field} is a number, or one of {', '.join(choices)}"
+    if choices:
+        return f"{field} is one of {', '.join(choices)}"
+    if "description" in schema:
+        return f"{field}: {schema['description']}"
+    return f"write a mapping with {', '.join(fields)}"
 
 
 def describe(error: msgspec.ValidationError) -> str:

@@ -6,14 +6,16 @@ heavy is imported, and after the run that every name in `changed` exists and tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from .facts import ModelFacts
 from .model import Block, Linear, ModelHandle
 from .params import Params
+from .patterns import matches
 from .progress import Reporter, Silent
 from .quantized import Grid
 from .target import Target
@@ -45,18 +47,21 @@ class PassResult:
         skipped: those it left alone although they were candidates.
         metrics: figures, each name ending in its unit (`layers_count`, `damping_max_ratio`).
         notes: sentences the user should read, such as a numerical trouble that was met.
+        allocation: bits per weight by layer, for the pass that quantizes them later.
     """
 
     changed: list[str] = field(default_factory=list[str])
     skipped: list[Skip] = field(default_factory=list[Skip])
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     notes: list[str] = field(default_factory=list[str])
+    allocation: dict[str, int] = field(default_factory=dict[str, int])
 
     def absorb(self, other: PassResult) -> None:
         """Add what the same pass did to a further block; metrics named `…_max_…` take the maximum, others add up."""
         self.changed += other.changed
         self.skipped += other.skipped
         self.notes += other.notes
+        self.allocation.update(other.allocation)
         for name, value in other.metrics.items():
             known = self.metrics.get(name)
             if known is None:
@@ -67,11 +72,19 @@ class PassResult:
 
 @dataclass(frozen=True, slots=True)
 class PassContext:
-    """What a pass may use beside the model."""
+    """What a pass may use beside the model.
+
+    Attributes:
+        seed: of everything that is drawn at random.
+        target: what the artifact is for.
+        reporter: shown progress.
+        allocation: bits per weight by layer, as an earlier pass chose them.
+    """
 
     seed: int = 0
     target: Target = Target.CPU
     reporter: Reporter = field(default_factory=Silent)
+    allocation: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 class Pass(Generic[P]):
@@ -81,6 +94,8 @@ class Pass(Generic[P]):
     accepts: ClassVar[Literal["torch", "onnx"]] = "torch"
     needs: ClassVar[frozenset[Need]] = frozenset()
     not_after: ClassVar[frozenset[str]] = frozenset()
+    before_rounding: ClassVar[bool] = False
+    """Whether it changes weights, and so cannot come after a pass whose `grid()` they were put on."""
     Params: ClassVar[type[Params]]
 
     def __init__(self, params: P) -> None:
@@ -101,6 +116,20 @@ class Pass(Generic[P]):
         """Return the patterns of layers that the pass leaves alone."""
         return ()
 
+    def left_alone(self, name: str) -> str | None:
+        """Return why the pass leaves layer `name` as it is, None when it works on it."""
+        pattern = next((pattern for pattern in self.ignored() if matches(name, pattern)), None)
+        return None if pattern is None else f"ignored by `{pattern}`"
+
+    def grid_for(self, name: str, allocation: Mapping[str, int] = MappingProxyType({})) -> Grid | None:  # noqa: ARG002
+        """Return the grid on which the pass puts layer `name`, None if it leaves it alone or in floating point.
+
+        Args:
+            name: the layer.
+            allocation: `PassContext.allocation`; none while planning.
+        """
+        return None if self.left_alone(name) is not None else self.grid()
+
 
 class ModelPass(Pass[P]):
     """A pass that takes the whole model at once."""
@@ -115,4 +144,30 @@ class BlockPass(Pass[P]):
 
     def run_block(self, block: Block, linears: Iterable[Linear], context: PassContext) -> PassResult:
         """Work on `linears` of `block` (those that `ignored()` does not name)."""
+        raise NotImplementedError
+
+
+class SurveyPass(BlockPass[P]):
+    """A block pass that looks at every block before a later pass changes any: it has a sweep to itself.
+
+    `run_block` takes the measure of a block, `conclude` says at the end what follows for the whole model.
+    """
+
+    def prepare(self, later: Sequence[Pass[Any]]) -> None:
+        """Take note of the passes that come after, before anything else is asked.
+
+        Raises:
+            UsageError: none of them can use what is found here.
+        """
+
+    def candidates(self, name: str) -> Sequence[Grid]:
+        """Return the grids that layer `name` may be put on by the later pass; none when it is left alone."""
+        raise NotImplementedError
+
+    def weight_bytes(self, facts: ModelFacts) -> int:
+        """Return how many bytes the quantized layers will take at most, codes and scales."""
+        raise NotImplementedError
+
+    def conclude(self, context: PassContext) -> PassResult:
+        """Return what follows from all blocks together."""
         raise NotImplementedError

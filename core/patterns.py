@@ -34,7 +34,8 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str], *, where: str)
         try:
             found = any(matches(name, pattern) for name in known)
         except re.error as error:
-            raise UsageError(f"`{pattern}` is not a regular expression", where=f"{where}\n{error}") from None
+            hint = "mend it, or use a glob such as `*.down_proj`"
+            raise UsageError(f"`{pattern}` is not a regular expression", where=f"{where}\n{error}", hint=hint) from None
         if not found:
             leaf = pattern.split(".")[-1].lstrip("*")
             hint = nearest(leaf, {name.split(".")[-1] for name in known})

@@ -122,6 +122,15 @@ class QuantizedWeight:
         weight = (codes.sub_(zero)).mul_(scale.unsqueeze(-1))
         return weight.reshape(out_features, in_features).to(dtype or self.scale.dtype)
 
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Return the weight of outputs `start:stop`; views, nothing is copied."""
+        whole = self.grid.group_size == "tensor"
+        part = slice(None) if whole else slice(start, stop)
+        zero_point = None if self.zero_point is None else self.zero_point[part]
+        return QuantizedWeight(
+            codes=self.codes[start:stop], scale=self.scale[part], zero_point=zero_point, grid=self.grid
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes at rest when codes and zero points are packed without gaps."""

@@ -52,20 +52,24 @@ class Comparison:
             reference: outputs by name, from the model that was exported.
             other: those of the artifact; every name it shares with the reference is compared.
         """
-        import numpy as np
-
         shared = [name for name in reference if name in other]
         for name in shared:
-            expected, got = reference[name].astype(np.float64), other[name].astype(np.float64)
-            if expected.shape != got.shape:
-                raise ValueError(f"{name}: {expected.shape} against {got.shape}")
-            self.finite &= bool(np.isfinite(got).all())
-            self.largest = max(self.largest, float(np.abs(expected - got).max(initial=0)))
-            self.scale = max(self.scale, float(np.abs(expected).max(initial=0)))
-        if "logits" in shared:
-            self._add_logits(reference["logits"], other["logits"])
-        elif shared:
+            if reference[name].shape != other[name].shape:
+                raise ValueError(f"{name}: {reference[name].shape} against {other[name].shape}")
+            # Row by row: the logits of a large vocabulary are not copied to float64 all at once.
+            for expected, got in zip(reference[name], other[name], strict=True):
+                self._add_row(expected, got)
+                if name == "logits":
+                    self._add_logits(expected, got)
+        if shared and "logits" not in shared:
             self.positions += int(reference[shared[0]].shape[0])
+
+    def _add_row(self, expected: Array, got: Array) -> None:
+        import numpy as np
+
+        self.finite &= bool(np.isfinite(got).all())
+        self.largest = max(self.largest, float(np.abs(expected - got).max(initial=0)))
+        self.scale = max(self.scale, float(np.abs(expected).max(initial=0)))
 
     def _add_logits(self, expected: Array, got: Array) -> None:
         expected, got = expected.reshape(-1, expected.shape[-1]), got.reshape(-1, got.shape[-1])

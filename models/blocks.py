@@ -26,17 +26,21 @@ class _Enough(Exception):  # noqa: N818  (control flow, no error)
 
 
 class LoadedBlock:
-    """A block whose weights are in memory as float32.
+    """A block whose weights are in memory as float32; without calibration samples each only from its first use.
 
     Args:
         skeleton: the model.
         site: which block.
+        read: gives a checkpoint tensor by name.
         dtype: the dtype its weights are stored in.
         replay: the calibration samples, None when no pass needs them.
     """
 
-    def __init__(self, skeleton: Skeleton, site: BlockSite, dtype: str, replay: Replay | None) -> None:
+    def __init__(
+        self, skeleton: Skeleton, site: BlockSite, read: Callable[[str], Tensor], dtype: str, replay: Replay | None
+    ) -> None:
         self._skeleton = skeleton
+        self._read = read
         self._site = site
         self._replay = replay
         self._views = {view.linear: view for view in site.views}
@@ -65,17 +69,23 @@ class LoadedBlock:
 
     def weight(self, linear: Linear) -> Tensor:
         """Return the current weight, (out_features, in_features) float32; not to be written to."""
+        if self._replay is None and linear in self.results:
+            return self.results[linear].dequantize().float()
         return self._view(self._views[linear])
 
     def quantize(self, linear: Linear, weight: QuantizedWeight) -> None:
         """Make `weight` the layer's weight."""
-        self._view(self._views[linear]).copy_(weight.dequantize().float())
         self.results[linear] = weight
+        if self._replay is None:
+            self._release(linear)
+        else:
+            self._view(self._views[linear]).copy_(weight.dequantize().float())
         self.changed.pop(f"{linear.name}.weight", None)
 
     def update(self, linear: Linear, weight: Tensor) -> None:
         """Replace the layer's weight by another in floating point, rounded to the dtype it is stored in."""
         self._view(self._views[linear]).copy_(self._rounded(weight))
+        self.results.pop(linear, None)
         self.changed[f"{linear.name}.weight"] = lambda: self._stored(linear)
 
     def channels(self, product: Product) -> Tensor | None:
@@ -93,6 +103,11 @@ class LoadedBlock:
             self.changed[part.name] = lambda part=part: self._part_stored(part)
         for linear in product.linears:
             self.update(linear, self.weight(linear))
+
+    def norm_weight(self, product: Product) -> Tensor | None:
+        """Return the weight of the norm that makes the product's input; see `core.model.Block`."""
+        producer = self._producer(product)
+        return None if producer is None else producer.norm_weight()
 
     def output_error(self, linears: Sequence[Linear], trial: Callable[[], None]) -> float:
         """Return how much `trial` changes the block's output; see `core.model.Block`."""
@@ -260,7 +275,15 @@ class LoadedBlock:
                 return
 
     def _view(self, view: View) -> Tensor:
+        if self._skeleton.parameter(view.parameter).is_meta:
+            self._skeleton.load([view.parameter], self._read)
         return view.of(self._skeleton.parameter(view.parameter).data)
+
+    def _release(self, linear: Linear) -> None:
+        """Free the layer's parameter when all layers in it are quantized."""
+        name = self._views[linear].parameter
+        if all(other in self.results for other, view in self._views.items() if view.parameter == name):
+            self._skeleton.unload([name])
 
     def _unit(self, linear: Linear) -> Unit:
         view = self._views[linear]
@@ -305,9 +328,10 @@ def _sight(seen: dict[Unit, Sighting], unit: Unit, tensor: Tensor) -> None:
 def loaded(
     skeleton: Skeleton, site: BlockSite, read: Callable[[str], Tensor], dtype: str, replay: Replay | None
 ) -> Iterator[LoadedBlock]:
-    """Have one block's weights in memory."""
-    skeleton.load(site.parameters, read)
+    """Have one block's weights in memory: all at once when samples will run through it, else as they are used."""
+    if replay is not None:
+        skeleton.load(site.parameters, read)
     try:
-        yield LoadedBlock(skeleton, site, dtype, replay)
+        yield LoadedBlock(skeleton, site, read, dtype, replay)
     finally:
         skeleton.unload(site.parameters)

@@ -22,8 +22,8 @@ from .locate import Location
 from .skeleton import Skeleton, own_experts_choice
 from .store import WorkStore
 
-_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-_NOT_SIDE_FILES = {"config.json", INDEX, "llmopt.json", "requirements.txt"}
+_SIDE_FILES = ("*.json", "vocab*.txt", "merges.txt", "*.model", "*.jinja", "*.tiktoken")
+_NOT_SIDE_FILES = {"config.json", INDEX, "pytorch_model.bin.index.json", "llmopt.json", "llmopt.reference.json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ class TorchModel:
 def _load_buffers(skeleton: Skeleton, read: Any) -> None:
     """Load the buffers that the checkpoint holds; the others keep what the module's constructor computed."""
     targets = [name for name, _ in skeleton.model.named_buffers() if name in skeleton.naming.of_target]
-    for name, tensor in skeleton.naming.load(targets, read).items():
+    for name, tensor in skeleton.naming.load(targets, read):
         path, _, leaf = name.rpartition(".")
         module = skeleton.model.get_submodule(path)
         if leaf in module._buffers:

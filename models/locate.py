@@ -45,7 +45,7 @@ def locate(spec: ModelSpec) -> Location:
         raise UsageError(f"`{spec.id}` is a file, not a model folder", hint="give the folder that holds config.json")
     if path.is_dir():
         folder, revision = path, None
-    elif _looks_like_hub_id(spec.id):
+    elif looks_like_hub_id(spec.id):
         folder = _snapshot(spec)
         revision = folder.name
     else:
@@ -71,6 +71,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         what = "config.json is not an object" if names is None else "`architectures` in config.json is not a list"
         raise LlmoptError(what, where=str(path), hint='it begins like {"architectures": ["LlamaForCausalLM"], …')
     return config
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """Return how many positions a model has by its config.json, None where that sets no limit."""
+    config = config.get("text_config") or config
+    lengths = [config.get(name) for name in ("max_position_embeddings", "n_positions")]
+    if config.get("is_encoder_decoder"):
+        del lengths[1]  # T5 has the field, and no such limit
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
 def check_folder(folder: Path, spec: ModelSpec) -> None:
@@ -114,7 +123,8 @@ def _is_native(model_type: str | None) -> bool:
     return bool(model_type and roots and (Path(next(iter(roots))) / "models" / model_type).is_dir())
 
 
-def _looks_like_hub_id(name: str) -> bool:
+def looks_like_hub_id(name: str) -> bool:
+    """Return whether `name` could be `org/name` or `name` on the hub, and is no path."""
     parts = name.split("/")
     return len(parts) <= 2 and all(parts) and not name.startswith((".", "~", "/")) and "\\" not in name
 

@@ -8,7 +8,7 @@ loaded without the rest of the model. The checkpoint's names are the ones that l
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,16 +76,14 @@ class Naming:
         self.of_target = {target: binding for binding in self.bindings for target in binding.targets}
         self._check()
 
-    def load(self, targets: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Return the parameters called `targets` (and any that are made in the same step)."""
+    def load(self, targets: Iterable[str], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters called `targets` (and any that are made in the same step), one after the other."""
         wanted: dict[str, Binding] = {}
         for target in targets:
             binding = self.of_target[target]
             wanted[binding.first] = binding
-        loaded: dict[str, Tensor] = {}
         for binding in wanted.values():
-            loaded.update(binding.convert(read, self._model))
-        return loaded
+            yield from binding.convert(read, self._model).items()
 
     def rows_of(self, target: str) -> dict[str, Rows] | None:
         """Return which rows of a merged parameter come from which checkpoint tensor.
@@ -150,7 +148,7 @@ class Naming:
             if _role(name) in used and not any(pattern.search(name) for pattern in ignorable):
                 raise LlmoptError(
                     f"the checkpoint holds weights that config.json has no place for, such as `{name}`",
-                    where=f"{self._checkpoint.folder}: {type(self._model).__name__} of that config.json has fewer blocks or experts",
+                    where=f"{self._checkpoint.folder}: {type(self._model).__name__} of that config.json is smaller",
                     hint="the weights belong to another config.json",
                 )
 

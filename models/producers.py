@@ -49,16 +49,22 @@ class Producer:
         name: the module or layer, for messages.
         parts: what to divide (a weight and its bias).
         channels: (in_features,) int64, for each input channel the channel of the producer that it comes from.
+        norm: the part that is the weight of a norm; None for a linear layer.
     """
 
     name: str
     parts: tuple[Part, ...]
     channels: Tensor
+    norm: Part | None = None
 
     @property
     def width(self) -> int:
         """Number of independent factors."""
         return int(self.channels.max()) + 1
+
+    def norm_weight(self) -> Tensor | None:
+        """Return what the norm multiplies by, (channels,); None for a linear layer."""
+        return None if self.norm is None else self.norm.tensor + self.norm.offset
 
 
 def norm_candidates(norms: Iterable[tuple[str, nn.Module]], names: Callable[[str], str | None]) -> list[Producer]:
@@ -76,12 +82,12 @@ def norm_candidates(norms: Iterable[tuple[str, nn.Module]], names: Callable[[str
             continue
         channels = torch.arange(parameters["weight"].shape[0])
         for offset in (0.0, 1.0):
-            parts = tuple(
-                Part(str(known[key]), value.data, offset if key == "weight" else 0.0)
+            parts = {
+                key: Part(str(known[key]), value.data, offset if key == "weight" else 0.0)
                 for key, value in parameters.items()
                 if value.ndim == 1
-            )
-            found.append(Producer(path, parts, channels))
+            }
+            found.append(Producer(path, tuple(parts.values()), channels, parts["weight"]))
     return found
 
 

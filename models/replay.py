@@ -59,6 +59,12 @@ class Replay:
                 self._skeleton.model(**self._batches[index])
             except _Caught:
                 return caught[0]
+            except IndexError as error:
+                raise LlmoptError(
+                    "the model cannot take the calibration samples",
+                    where=f"{type(self._skeleton.model).__name__}: {error}",
+                    hint="use a shorter --length; or the tokenizer beside the weights is that of another model",
+                ) from error
         raise LlmoptError(
             f"the calibration samples never reach `{site.name}`",
             hint="use a pass that needs no calibration data, such as rtn",

@@ -115,7 +115,7 @@ class Skeleton:
             read: gives a checkpoint tensor by name.
         """
         targets = [target for name in names if (target := self._target(name)) is not None]
-        for name, tensor in self.naming.load(targets, read).items():
+        for name, tensor in self.naming.load(targets, read):
             self._set(name, tensor.to(torch.float32))
 
     def unload(self, names: Iterable[str]) -> None:
@@ -124,8 +124,13 @@ class Skeleton:
             self._set(name, torch.empty_like(self.parameter(name), device="meta"))
 
     @contextmanager
-    def outside_on_demand(self, read: Callable[[str], Tensor]) -> Iterator[None]:
-        """Load what lies outside the blocks when it is first used, and free it at the end."""
+    def outside_on_demand(self, read: Callable[[str], Tensor], *, keep: bool = True) -> Iterator[None]:
+        """Load what lies outside the blocks when it is used.
+
+        Args:
+            read: gives a checkpoint tensor by name.
+            keep: free it at the end, rather than as soon as its module has computed.
+        """
         outside = set(self.outside)
         loaded: set[str] = set()
 
@@ -135,6 +140,10 @@ class Skeleton:
                 self.load(wanted, read)
                 loaded.update(wanted)
 
+        def after(module: nn.Module, _: Any, __: Any) -> None:
+            self.unload(loaded.intersection(names[module]))
+            loaded.difference_update(names[module])
+
         names: dict[nn.Module, list[str]] = {}
         for path, module in self.model.named_modules():
             own = [f"{path}.{key}" if path else key for key, _ in module.named_parameters(recurse=False)]
@@ -142,6 +151,8 @@ class Skeleton:
             if own:
                 names[module] = own
         handles = [module.register_forward_pre_hook(before) for module in names]
+        if not keep:
+            handles += [module.register_forward_hook(after) for module in names]
         try:
             yield
         finally:

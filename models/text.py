@@ -31,7 +31,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UsageError(
             f"no tokenizer can be loaded from `{folder}`",
-            where=str(error).strip().splitlines()[0][:300],
+            where=" ".join(str(error).split())[:300] or type(error).__name__,
             hint="put tokenizer.json and tokenizer_config.json beside the weights",
         ) from None
     tokenizer.model_max_length = 10**30  # rows are cut by llmopt; the library's warning about length would mislead

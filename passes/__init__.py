@@ -11,8 +11,10 @@ PASSES: Registry[Pass[Any]] = Registry(
     "pass",
     __name__,
     {
+        "awq": "awq:Awq",
         "cast": "cast:Cast",
         "gptq": "gptq:Gptq",
+        "hqq": "hqq:Hqq",
         "rtn": "rtn:Rtn",
     },
 )

@@ -27,6 +27,7 @@ class Cast(ModelPass[CastParams]):
 
     name = "cast"
     not_after = frozenset({"rtn", "gptq"})
+    before_rounding = True
     Params = CastParams
 
     def run(self, model: ModelHandle, context: PassContext) -> tuple[ModelHandle, PassResult]:  # noqa: ARG002

@@ -9,10 +9,15 @@ from msgspec import Meta
 
 from ..core.model import Block, Linear, Product, Stage
 from ..core.passes import Need, PassContext, PassResult, Skip
+from ..core.quantized import Grid
 from .weights import WeightParams, WeightPass
 
 if TYPE_CHECKING:
     from .numerics.gptq import Hessian
+
+
+_STACKED_WEIGHTS = 1 << 25
+"""Layers that see the same input are rounded together up to this many weights."""
 
 
 class GptqParams(WeightParams, frozen=True, kw_only=True):
@@ -22,13 +27,12 @@ class GptqParams(WeightParams, frozen=True, kw_only=True):
         bool, Meta(description="Round the columns with the most active inputs first; the artifact needs no reordering.")
     ] = True
     refits: Annotated[
-        int,
+        Annotated[int, Meta(ge=0, le=20)] | None,
         Meta(
-            ge=0,
-            le=20,
-            description="How often scales are fitted to the codes by least squares, and codes chosen again.",
+            description="How often scales are fitted to the codes by least squares, and codes chosen again; by default "
+            "3 up to 3 bits, 1 at 4 bits, 0 above.",
         ),
-    ] = 3
+    ] = None
     damping: Annotated[
         float,
         Meta(
@@ -50,7 +54,7 @@ class Gptq(WeightPass[GptqParams]):
     needs = frozenset({Need.CALIBRATION})
     Params = GptqParams
 
-    def run_block(self, block: Block, linears: Iterable[Linear], context: PassContext) -> PassResult:  # noqa: ARG002
+    def run_block(self, block: Block, linears: Iterable[Linear], context: PassContext) -> PassResult:
         """Quantize `linears` stage by stage."""
         wanted = set(linears)
         reached: set[Linear] = set()
@@ -62,36 +66,37 @@ class Gptq(WeightPass[GptqParams]):
                 if (members := tuple(linear for linear in product.linears if linear in wanted))
             )
             if chosen:
-                result.absorb(self._run_stage(block, chosen))
+                result.absorb(self._run_stage(block, chosen, context))
                 reached.update(linear for product in chosen for linear in product.linears)
         for linear in block.linears:
             if linear in wanted - reached:
                 result.skipped.append(Skip(linear.name, "the calibration samples never reach it"))
         return result
 
-    def _run_stage(self, block: Block, stage: Stage) -> PassResult:
+    def _run_stage(self, block: Block, stage: Stage, context: PassContext) -> PassResult:
         from .numerics.gptq import Hessian
 
         hessians = {product: Hessian(product.in_features) for product in stage}
         block.collect(stage, lambda product, rows: hessians[product].add(rows))
         result = PassResult()
         for product in stage:
-            result.absorb(self._quantize(block, product, hessians.pop(product)))
+            result.absorb(self._quantize(block, product, hessians.pop(product), context))
         return result
 
-    def _quantize(self, block: Block, product: Product, hessian: Hessian) -> PassResult:
+    def _quantize(self, block: Block, product: Product, hessian: Hessian, context: PassContext) -> PassResult:
         import torch
 
         from .numerics.gptq import factorize, gptq
         from .numerics.grid import round_to_nearest
 
-        grid, dtype, clip = self.grid(), getattr(torch, block.dtype), self.params.clip == "mse"
+        dtype, clip = getattr(torch, block.dtype), self.params.clip == "mse"
         names = [linear.name for linear in product.linears]
         result = PassResult(changed=names)
         factor = factorize(hessian.matrix, damping=self.params.damping, act_order=self.params.act_order)
         if factor is None:
             why = "no calibration token reaches it" if not hessian.tokens else "its Hessian cannot be factorized"
             for linear in product.linears:
+                grid = self.scheme(linear.name, context.allocation)
                 block.quantize(linear, round_to_nearest(block.weight(linear), grid, dtype, clip=clip))
                 result.notes.append(f"{linear.name}: {why}; rounded to nearest")
             result.metrics["rounded_to_nearest_count"] = len(names)
@@ -102,7 +107,35 @@ class Gptq(WeightPass[GptqParams]):
             result.notes.append(f"{names[0]}: damping raised to {factor.damping:g}{precision} for Cholesky to succeed")
         if factor.dead:
             result.notes.append(f"{names[0]}: {factor.dead} of {product.in_features} inputs are always zero")
-        for linear in product.linears:
-            quantized, _ = gptq(block.weight(linear), factor, grid, dtype, clip=clip, refits=self.params.refits)
-            block.quantize(linear, quantized)
+        for grid, group in _stacks(
+            (self.scheme(linear.name, context.allocation), linear) for linear in product.linears
+        ):
+            weight = torch.cat([block.weight(linear) for linear in group]) if len(group) > 1 else block.weight(group[0])
+            quantized, _ = gptq(weight, factor, grid, dtype, clip=clip, refits=self._refits(grid.bits))
+            start = 0
+            for linear in group:
+                block.quantize(linear, quantized.rows(start, start + linear.out_features))
+                start += linear.out_features
         return result
+
+    def _refits(self, bits: int) -> int:
+        """Return how often to refit: on a coarse grid scales matter more than anything else, on a fine one hardly."""
+        if self.params.refits is not None:
+            return self.params.refits
+        return 3 if bits <= 3 else 1 if bits == 4 else 0
+
+
+def _stacks(layers: Iterable[tuple[Grid, Linear]]) -> list[tuple[Grid, list[Linear]]]:
+    """Divide layers of one input into groups that are rounded as one matrix: fewer and longer columns are faster."""
+    stacks: list[tuple[Grid, list[Linear]]] = []
+    size = 0
+    for grid, linear in layers:
+        weights = linear.out_features * linear.in_features
+        fits = grid.group_size != "tensor" and size + weights <= _STACKED_WEIGHTS
+        if stacks and stacks[-1][0] == grid and fits:
+            stacks[-1][1].append(linear)
+            size += weights
+        else:
+            stacks.append((grid, [linear]))
+            size = weights
+    return stacks

@@ -19,7 +19,7 @@ class Rtn(WeightPass[RtnParams]):
     name = "rtn"
     Params = RtnParams
 
-    def run_block(self, block: Block, linears: Iterable[Linear], context: PassContext) -> PassResult:  # noqa: ARG002
+    def run_block(self, block: Block, linears: Iterable[Linear], context: PassContext) -> PassResult:
         """Quantize `linears`."""
         import torch
 
@@ -28,8 +28,8 @@ class Rtn(WeightPass[RtnParams]):
         result = PassResult()
         dtype = getattr(torch, block.dtype)
         for linear in linears:
-            weight = block.weight(linear)
-            quantized = round_to_nearest(weight, self.grid(), dtype, clip=self.params.clip == "mse")
+            weight, grid = block.weight(linear), self.scheme(linear.name, context.allocation)
+            quantized = round_to_nearest(weight, grid, dtype, clip=self.params.clip == "mse")
             block.quantize(linear, quantized)
             result.changed.append(linear.name)
         return result

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from ..core.errors import LlmoptError, UsageError, nearest
+from ..core.errors import LlmoptError, UsageError
 from ..core.manifest import MANIFEST, ExportRecord, Manifest
+from ..core.recipe import ModelSpec
 from ..core.runtime import Runtime
+from ..models.locate import locate, looks_like_hub_id, near_folder
 from ..runtimes import RUNTIMES
 
 
@@ -57,17 +59,19 @@ def existing_folder(path: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise UsageError(f"`{path}` is a file, not a folder")
-    near = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()] if folder.parent.is_dir() else []
-    raise UsageError(f"no folder at `{path}`", hint=nearest(folder.name, near) if near else None)
+        hint = f"did you mean the folder it lies in, {folder.parent}?"
+        raise UsageError(f"`{path}` is a file, not a folder", hint=hint)
+    raise UsageError(f"no folder at `{path}`", hint=near_folder(folder) or "give a model folder or an artifact")
 
 
 def open_artifact(path: str) -> Artifact:
-    """Find the artifact at `path`: the folder of one export, or the folder above several.
+    """Find the artifact at `path`: the folder of one export, or the folder above several; or a model's, or a hub id.
 
     Raises:
         UsageError: there is none, or it holds several exports and one must be chosen.
     """
+    if looks_like_hub_id(path) and "/" in path and not Path(path).expanduser().exists():
+        return Artifact(locate(ModelSpec(id=path)).folder, None, None, None)
     folder = existing_folder(path)
     for root in (folder, folder.resolve().parent):
         manifest = read_manifest(root)
@@ -94,4 +98,5 @@ def read_manifest(root: Path) -> Manifest | None:
     try:
         return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Manifest)
     except (UnicodeDecodeError, json.JSONDecodeError, msgspec.ValidationError) as error:
-        raise LlmoptError(f"{MANIFEST} is damaged", where=f"{path}\n{error}") from None
+        hint = "build the artifact again; without llmopt.json the folder still opens in its runtime"
+        raise LlmoptError(f"{MANIFEST} is damaged", where=f"{path}\n{error}", hint=hint) from None

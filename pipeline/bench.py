@@ -51,6 +51,8 @@ def bench(
         LlmoptError: an artifact does not load or does not run.
     """
     artifacts = [open_artifact(one) for one in ([path] if against is None else [path, against])]
+    for artifact in artifacts:
+        artifact.runtime()  # refused before anything is started
     options = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads}
     workers: list[_Worker] = []
     try:

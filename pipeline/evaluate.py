@@ -9,10 +9,9 @@ from typing import Any
 from ..calibration.windows import load_windows
 from ..core.errors import UsageError
 from ..core.progress import Reporter
-from ..core.recipe import ModelSpec
 from ..core.runtime import Session
 from ..evaluation.perplexity import Scores
-from ..models.locate import locate, read_config
+from ..models.locate import context_length, read_config
 from ..models.text import load_tokenizer
 from ..runtimes import RUNTIMES
 from .artifact import Artifact, open_artifact
@@ -37,7 +36,7 @@ def evaluate(
     Raises:
         UsageError: the path is no causal language model, or the data cannot be used.
     """
-    artifact = _find(path)
+    artifact = open_artifact(path)
     runtime = artifact.runtime()
     config = read_config(artifact.directory)
     architecture = (config.get("architectures") or ["?"])[0]
@@ -65,13 +64,6 @@ def evaluate(
     return {"path": path, "runtime": runtime.version(), "data": windows.source, **scores.report()}
 
 
-def _find(path: str) -> Artifact:
-    folder = Path(path).expanduser()
-    if folder.exists() or path.count("/") != 1 or path.startswith("."):
-        return open_artifact(path)
-    return Artifact(locate(ModelSpec(id=path)).folder, None, None, None)
-
-
 def _source(artifact: Artifact, reporter: Reporter) -> Path | None:
     """Return the folder of the model that an artifact was made of, None if there is none here."""
     if artifact.manifest is None:
@@ -84,11 +76,11 @@ def _source(artifact: Artifact, reporter: Reporter) -> Path | None:
 
 
 def _check_context(config: dict[str, Any], longest: int, path: str) -> None:
-    context = config.get("max_position_embeddings")
-    if isinstance(context, int) and longest > context:
+    context = context_length(config)
+    if context is not None and longest > context:
         raise UsageError(
             f"a window of {longest} tokens is longer than the context of `{path}`",
-            where=f"max_position_embeddings is {context}",
+            where=f"config.json says {context}",
             hint=f"use --length {context - 1} or less",
         )
 

@@ -10,7 +10,7 @@ from ..core.errors import UsageError
 from ..core.manifest import Manifest
 from ..core.recipe import ModelSpec
 from ..models.checkpoint import Checkpoint
-from ..models.locate import Location, locate, read_config
+from ..models.locate import Location, locate, looks_like_hub_id, read_config
 from ..models.outline import outline
 from .artifact import existing_folder, read_manifest
 
@@ -22,9 +22,10 @@ def inspect(path: str) -> dict[str, Any]:
         UsageError: there is nothing to describe.
     """
     folder = Path(path).expanduser()
-    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "/")):
+    if looks_like_hub_id(path) and "/" in path and not folder.exists():
         folder = locate(ModelSpec(id=path)).folder
-    folder = existing_folder(str(folder))
+    else:
+        folder = existing_folder(path)
     manifest = read_manifest(folder)
     if manifest is not None:
         return _artifact(path, manifest)

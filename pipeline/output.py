@@ -132,7 +132,7 @@ def _check_place(output: Path) -> None:
     """Refuse a path that no folder can have."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UsageError(f"`{output}` is not a folder", hint="give another one with -o")
-    above = next(parent for parent in output.parents if parent.exists())
+    above = next((parent for parent in output.parents if parent.exists()), output)
     if not above.is_dir():
         raise UsageError(f"cannot write to `{output}`", where=f"`{above}` is not a folder", hint=_ELSEWHERE)
     if not output.exists() and not os.access(above, os.W_OK | os.X_OK):
@@ -163,10 +163,15 @@ def file_records(root: Path, *, skip: frozenset[str] = frozenset({MANIFEST})) ->
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root).as_posix()
         if path.is_file() and relative not in skip:
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            records[relative] = FileRecord(bytes=path.stat().st_size, sha256=digest)
+            records[relative] = file_record(path)
     return records
+
+
+def file_record(path: Path) -> FileRecord:
+    """Return size and SHA-256 of a file."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileRecord(bytes=path.stat().st_size, sha256=digest)
 
 
 def readable(root: Path) -> None:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..core.errors import LlmoptError
 from ..core.exports import Exporter
 from ..core.manifest import Parity
+from ..core.runtime import Arrays, Runtime
 from ..evaluation.parity import Comparison, Tolerance
 from ..exporters.dummy_inputs import sample_inputs
 from ..models.handle import TorchModel
-from ..models.reference import reference_outputs
+from ..models.locate import context_length
+from ..models.reference import reference_outputs, streamed_outputs
 from ..models.text import batches, random_rows
+from ..models.unpacked import unpacking_reader
 from ..runtimes import RUNTIMES
 
 ROWS = 8
 LENGTH = 64
-"""What is compared: so many rows of so many tokens."""
+"""What is compared: so many rows of so many tokens, fewer rows where the vocabulary is large."""
+
+_LOGITS = 1 << 23
+"""Logits to compare, 32 MiB in float32."""
+
+_WHOLE_BYTES = 1 << 30
+"""A model of more bytes than this in float32 is verified block by block in transformers: opening it whole would take
+several times the memory that making it took."""
 
 _EXACT = 1e-3
 _HALF = 2e-2
@@ -54,33 +66,57 @@ def make_reference(model: TorchModel, rows: Sequence[Sequence[int]], seed: int) 
     if skeleton.model.main_input_name != "input_ids":
         inputs, samples = [dict(sample_inputs(skeleton.model).tensors)], "made-up inputs"
     else:
-        cut = [list(row[:LENGTH]) for row in rows[:ROWS]]
-        samples = "held-out calibration text" if cut else "random token ids"
+        length = min(LENGTH, context_length(skeleton.config.to_dict()) or LENGTH)
         vocabulary = skeleton.config.get_text_config().vocab_size
-        cut = cut or random_rows(vocabulary, rows=ROWS, length=LENGTH, seed=seed)
+        count = max(2, min(ROWS, _LOGITS // (length * vocabulary)))
+        cut = [list(row[:length]) for row in rows[:count]]
+        samples = "held-out calibration text" if cut else "random token ids"
+        cut = cut or random_rows(vocabulary, rows=count, length=length, seed=seed)
         inputs = batches(cut, decoder=bool(skeleton.config.is_encoder_decoder))
+    kind = type(skeleton.model).__name__
     del skeleton
-    return Reference(inputs, reference_outputs(model, inputs), samples)
+    outputs = reference_outputs(model, inputs)
+    for name, value in (item for batch in outputs for item in batch.items()):
+        if not bool(torch.isfinite(value).all()):
+            raise LlmoptError(
+                f"the `{name}` of {kind} hold NaN or Inf",
+                where=f"computed from {samples}, in float32",
+                hint="the model overflows: check its weights",
+            )
+    return Reference(inputs, outputs, samples)
 
 
 def compare(exporter: Exporter[Any], model: TorchModel, directory: Path, reference: Reference) -> Parity:
     """Open the artifact in its runtime, read its weights back, and compare its outputs with the reference."""
-    runtime = RUNTIMES.load(exporter.runtime)()
+    runtime = RUNTIMES.load(exporter.opened_in())()
     weights_equal = exporter.weights_equal(model, directory)
     comparison = Comparison()
-    session = runtime.open(directory)
-    try:
-        for inputs, outputs in zip(reference.inputs, reference.outputs, strict=True):
-            made = session.outputs({name: tensor.numpy() for name, tensor in inputs.items()})
-            comparison.add({name: tensor.float().numpy() for name, tensor in outputs.items()}, made)
-    finally:
-        session.close()
+    blockwise = runtime.name == "transformers" and model.facts.parameters * 4 > _WHOLE_BYTES
+    answers = _streamed(model, directory, reference) if blockwise else _opened(runtime, directory, reference)
+    for outputs, made in zip(reference.outputs, answers, strict=True):
+        comparison.add({name: tensor.float().numpy() for name, tensor in outputs.items()}, made)
     return comparison.result(
-        runtime=runtime.version(),
+        runtime=f"{runtime.version()}, block by block" if blockwise else runtime.version(),
         samples=reference.samples,
         weights_equal=weights_equal,
         tolerance=tolerance_of(exporter, model),
     )
+
+
+def _opened(runtime: Runtime, directory: Path, reference: Reference) -> Iterator[Arrays]:
+    """Open the artifact as its users do, and yield its answers."""
+    session = runtime.open(directory)
+    try:
+        for inputs in reference.inputs:
+            yield session.outputs({name: tensor.numpy() for name, tensor in inputs.items()})
+    finally:
+        session.close()
+
+
+def _streamed(model: TorchModel, directory: Path, reference: Reference) -> Iterator[Arrays]:
+    """Yield the answers of an artifact that would take too much memory whole: its blocks one after the other."""
+    for made in streamed_outputs(model.skeleton(), unpacking_reader(directory), reference.inputs):
+        yield {name: tensor.float().numpy() for name, tensor in made.items()}
 
 
 def tolerance_of(exporter: Exporter[Any], model: TorchModel) -> Tolerance:

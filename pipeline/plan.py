@@ -8,16 +8,15 @@ from typing import Any
 import msgspec
 
 from ..core.errors import UsageError
-from ..core.facts import LinearFacts, ModelFacts
+from ..core.facts import ModelFacts
 from ..core.passes import BlockPass, Need
-from ..core.patterns import matches
 from ..core.plan import Plan, PlanStep
-from ..core.quantized import Grid
 from ..core.recipe import Recipe
 from ..core.target import Target
 from ..models.checkpoint import DTYPES, Checkpoint
-from ..models.locate import locate
+from ..models.locate import context_length, locate
 from ..models.outline import outline
+from .grids import check_exports, packed_bytes, quantized_layers
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
 
 _WIDTHS = dict(DTYPES.values())
@@ -37,6 +36,7 @@ def make_plan(recipe: Recipe) -> Plan:
         _check_calibration(recipe)
     location = locate(recipe.model)
     facts = outline(location, Checkpoint(location.folder))
+    _check_length(recipe, facts)
     if facts.config.get("quantization_config"):
         raise UsageError(
             f"`{facts.source}` is quantized already",
@@ -52,17 +52,15 @@ def make_plan(recipe: Recipe) -> Plan:
                 where=f"pass `{one.name}` reads calibration text",
                 hint="put tokenizer.json and tokenizer_config.json beside the weights, or use rtn",
             )
-    grid = next((found for one in passes if (found := one.grid()) is not None), None)
     final = _cast_facts(facts, passes)
-    for exporter in exporters:
-        exporter.check(final, grid)
+    check_exports(exporters, passes, final)
     return Plan(
         recipe=recipe,
         facts=facts,
         steps=tuple(_steps(passes, exporters, facts)),
         skips=tuple(_skips(passes, facts)),
         peak_bytes=_peak(recipe, passes, exporters, facts),
-        output_bytes=sum(_size(exporter, passes, grid, final) for exporter in exporters),
+        output_bytes=sum(_size(exporter, passes, final) for exporter in exporters),
     )
 
 
@@ -71,6 +69,16 @@ def _check_calibration(recipe: Recipe) -> None:
 
     assert recipe.calibration is not None
     open_source(recipe.calibration.data, recipe.calibration.column)
+
+
+def _check_length(recipe: Recipe, facts: ModelFacts) -> None:
+    context = context_length(facts.config)
+    if recipe.calibration is not None and context is not None and recipe.calibration.length > context:
+        raise UsageError(
+            f"samples of {recipe.calibration.length} tokens are longer than the context of `{facts.source}`",
+            where=f"config.json says {context}",
+            hint=f"use --length {context} or less",
+        )
 
 
 def _target(exporters: Sequence[AnyExporter]) -> Target:
@@ -93,13 +101,16 @@ def _steps(passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: M
         steps.append(PlanStep(kind=kind, title=title, detail=covers + "; ".join(_in_words(one) for one in group)))
     for exporter in exporters:
         steps.append(PlanStep(kind="export", title=exporter.name, detail=_params_in_words(exporter.params)))
-        steps.append(PlanStep(kind="verify", title=exporter.name, detail=f"opened again in {exporter.runtime}"))
+        steps.append(PlanStep(kind="verify", title=exporter.name, detail=f"opened again in {exporter.opened_in()}"))
     return steps
 
 
 def _in_words(one: AnyPass) -> str:
     grid = one.grid()
-    return str(grid) if grid is not None else _params_in_words(one.params)
+    if grid is None:
+        return _params_in_words(one.params)
+    overrides = len(getattr(one.params, "overrides", ()))
+    return f"{grid}, {overrides} override{'s' * (overrides > 1)}" if overrides else str(grid)
 
 
 def _params_in_words(params: Any) -> str:
@@ -114,37 +125,22 @@ def _skips(passes: Sequence[AnyPass], facts: ModelFacts) -> list[tuple[str, str]
         if one.grid() is None:
             continue
         for linear in facts.linears:
-            pattern = next((pattern for pattern in one.ignored() if matches(linear.name, pattern)), None)
-            if pattern is not None:
-                skips.append((linear.name, f"ignored by `{pattern}`"))
+            reason = one.left_alone(linear.name)
+            if reason is not None:
+                skips.append((linear.name, reason))
         skips.append(("embeddings, head and norms", "outside the repeated blocks"))
     return skips
 
 
-def _quantized(passes: Sequence[AnyPass], facts: ModelFacts) -> list[LinearFacts]:
-    chosen = [one for one in passes if one.grid() is not None]
-    return [
-        linear
-        for linear in facts.linears
-        if chosen and not any(matches(linear.name, pattern) for one in chosen for pattern in one.ignored())
-    ]
-
-
-def _size(exporter: AnyExporter, passes: Sequence[AnyPass], grid: Grid | None, facts: ModelFacts) -> int:
+def _size(exporter: AnyExporter, passes: Sequence[AnyPass], facts: ModelFacts) -> int:
     """Estimate an artifact's bytes: packed codes and scales, and everything else in its dtype."""
     onnx = exporter.runtime != "transformers"
     width = 4 if onnx and getattr(exporter.params, "precision", "float32") == "float32" else _WIDTHS[facts.dtype]
-    if grid is None or getattr(exporter.params, "format", "auto") == "plain":
+    linears = quantized_layers(passes, facts)
+    if not linears or getattr(exporter.params, "format", "auto") == "plain":
         return facts.parameters * width
-    linears = _quantized(passes, facts)
-    held = next(bits for bits in (2, 4, 8) if bits >= grid.bits) if onnx else grid.bits
-    stored = msgspec.structs.replace(grid, bits=held)
-    packed = sum(
-        stored.bits_per_weight(linear.out_features, linear.in_features, scale_bits=8 * width)
-        * (linear.out_features * linear.in_features)
-        / 8
-        for linear in linears
-    )
+    containers = (2, 4, 8) if onnx else None
+    packed = packed_bytes(passes, facts, scale_bits=8 * width, containers=containers)
     weights = sum(linear.out_features * linear.in_features for linear in linears)
     return int(packed) + (facts.parameters - weights) * width
 

@@ -12,6 +12,7 @@ from ..core.params import convert
 from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 
 _KEYS = ("model", "calibration", "passes", "exports", "seed")
+_WRITE_ONE = "give a recipe in YAML; `llmopt quantize ... --save-recipe FILE` writes one"
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -26,16 +27,33 @@ def load_recipe(path: Path) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise UsageError(f"no recipe at `{path}`", hint=nearest(path.name, near) if near else None) from None
-    except IsADirectoryError:
-        raise UsageError(f"`{path}` is a folder, not a recipe") from None
+        raise UsageError(f"no recipe at `{path}`", hint=nearest(path.name, near) if near else _WRITE_ONE) from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"`{path}` is not UTF-8", where=f"byte {error.start}") from None
+        raise UsageError(f"`{path}` is not UTF-8", where=f"byte {error.start}", hint=_WRITE_ONE) from None
+    except OSError as error:
+        raise UsageError(f"cannot read the recipe `{path}`", where=error.strerror, hint=_WRITE_ONE) from None
     try:
+        _refuse_repeated(cast("Any", yaml).compose(text, yaml.SafeLoader), str(path))
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"`{path}` is not valid YAML", where=str(error)) from None
+    except (yaml.YAMLError, RecursionError) as error:
+        where = str(error).replace('"<unicode string>"', "the recipe")
+        raise UsageError(f"`{path}` is not valid YAML", where=where, hint="mend the recipe there") from None
     return parse_recipe(raw, where=str(path))
+
+
+def _refuse_repeated(node: Any, where: str) -> None:
+    """Refuse a key that stands twice in one mapping: YAML takes the last, and leaves the others out without a word."""
+    if isinstance(getattr(node, "value", None), list):
+        seen: set[str] = set()
+        for item in node.value:
+            pair = cast("tuple[Any, ...]", item if isinstance(item, tuple) else (item,))
+            key = str(pair[0].value) if len(pair) == 2 else None
+            if key is not None and key in seen:
+                line = pair[0].start_mark.line + 1
+                raise UsageError(f"`{key}` stands twice in the recipe", where=f"{where}, line {line}", hint="keep one")
+            seen.update(() if key is None else (key,))
+            for child in pair:
+                _refuse_repeated(child, where)
 
 
 def parse_recipe(raw: Any, *, where: str) -> Recipe:
@@ -58,11 +76,9 @@ def parse_recipe(raw: Any, *, where: str) -> Recipe:
         raise UsageError("the recipe names no model", where=where, hint="add a line `model: PATH`")
     model = data["model"]
     calibration = data.get("calibration")
-    if calibration is not None:
-        calibration = convert(calibration, CalibrationSpec, where=f"{where}, calibration")
     seed = data.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise UsageError("seed must be a whole number", where=where)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise UsageError("seed must be a whole number, at least 0", where=where, hint="write for example `seed: 1`")
     return Recipe(
         model=convert({"id": model} if isinstance(model, str) else model, ModelSpec, where=f"{where}, model"),
         calibration=None
@@ -81,7 +97,8 @@ def dump_recipe(recipe: Recipe, path: Path) -> None:
     try:
         path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"cannot write the recipe to `{path}`", where=error.strerror) from None
+        hint = "give the name of a file, in a folder that exists, with --save-recipe"
+        raise UsageError(f"cannot write the recipe to `{path}`", where=error.strerror, hint=hint) from None
 
 
 def _steps(raw: Any, *, where: str) -> tuple[Step, ...]:
@@ -138,7 +155,7 @@ def recipe_schema() -> dict[str, Any]:
             "model": {"anyOf": [{"type": "string"}, reference[ModelSpec]]},
             "calibration": reference[CalibrationSpec],
             **{key: steps(group) for key, group in kinds.items()},
-            "seed": {"type": "integer", "default": 0},
+            "seed": {"type": "integer", "default": 0, "minimum": 0},
         },
         "required": ["model"],
         "additionalProperties": False,

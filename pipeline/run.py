@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +16,7 @@ import msgspec
 from ..calibration.samples import Samples, load_samples
 from ..core.errors import UnmetError
 from ..core.exports import ExportContext
-from ..core.manifest import MANIFEST, ExportRecord, Manifest, Parity, PassRecord
+from ..core.manifest import MANIFEST, ExportRecord, FileRecord, Manifest, Parity, PassRecord
 from ..core.passes import BlockPass, ModelPass, PassContext, PassResult
 from ..core.plan import Plan
 from ..core.progress import Reporter
@@ -25,7 +26,7 @@ from ..models.locate import Location, locate
 from ..models.reference import reference_outputs
 from ..models.text import load_tokenizer
 from .fingerprint import FINGERPRINT, shortened, write_fingerprint
-from .output import Staging, file_records, inputs_of, readable, staging
+from .output import Staging, file_record, file_records, inputs_of, readable, staging
 from .parity import ROWS, Reference, compare, make_reference
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
 from .sweep import run_sweep
@@ -60,19 +61,30 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         location = locate(plan.recipe.model)
         source = _Source(location, Checkpoint(location.folder), _load_samples(plan, location, reporter))
         model = TorchModel.create(location, source.checkpoint, plan.facts, stage.work)
+        _warn_of_unused(model, reporter)
         passes = passes_of(plan.recipe)
         context = PassContext(seed=plan.recipe.seed, reporter=reporter)
         model, results = _run_passes(model, passes, source.samples.rows if source.samples else [], context)
         records = [_pass_record(one, result) for one, result in zip(passes, results, strict=True)]
         reference = make_reference(model, source.samples.held_out if source.samples else [], plan.recipe.seed)
         exports = _run_exports(model, plan, reference, stage, reporter)
-        _keep_answers(model, reference, stage.root)
-        manifest = _manifest(plan, source, records, exports)
+        kept = _keep_answers(model, reference, stage.root)
+        manifest = _manifest(plan, source, records, exports, kept)
         _write(manifest, stage.root)
         readable(stage.root)
         _refuse_unmet(exports, stage, output)
         stage.commit()
     return manifest
+
+
+def _warn_of_unused(model: TorchModel, reporter: Reporter) -> None:
+    """Build the module tree once, which tells whether model and checkpoint belong together, and say what is over."""
+    skeleton = model.skeleton()
+    patterns = getattr(skeleton.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    unused = [name for name in skeleton.naming.unused if not any(re.search(pattern, name) for pattern in patterns)]
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        reporter.warn(f"{type(skeleton.model).__name__} does not use `{'`, `'.join(unused[:3])}`{more}")
 
 
 def _load_samples(plan: Plan, location: Location, reporter: Reporter) -> Samples | None:
@@ -125,18 +137,19 @@ def _run_exports(
     return records
 
 
-def _keep_answers(model: TorchModel, reference: Reference, root: Path) -> None:
+def _keep_answers(model: TorchModel, reference: Reference, root: Path) -> dict[str, FileRecord]:
     """Write the fingerprint; its rows are shorter than the reference's, and an encoder's answers depend on that."""
     short = shortened(reference)
-    write_fingerprint(
-        Reference(short.inputs, reference_outputs(model, short.inputs), short.samples), root / FINGERPRINT
-    )
+    answers = Reference(short.inputs, reference_outputs(model, short.inputs), short.samples)
+    if not write_fingerprint(answers, root / FINGERPRINT):
+        return {}
+    return {FINGERPRINT: file_record(root / FINGERPRINT)}
 
 
 def _verify(
     exporter: AnyExporter, model: TorchModel, directory: Path, reference: Reference, reporter: Reporter
 ) -> Parity:
-    with reporter.step(f"verifying {exporter.name} in {exporter.runtime}", 1) as step:
+    with reporter.step(f"verifying {exporter.name} in {exporter.opened_in()}", 1) as step:
         parity = compare(exporter, model, directory, reference)
         step.advance(detail=in_words(parity))
     return parity
@@ -183,7 +196,13 @@ def _pass_record(one: AnyPass, result: PassResult) -> PassRecord:
     )
 
 
-def _manifest(plan: Plan, source: _Source, passes: list[PassRecord], exports: list[ExportRecord]) -> Manifest:
+def _manifest(
+    plan: Plan,
+    source: _Source,
+    passes: list[PassRecord],
+    exports: list[ExportRecord],
+    files: dict[str, FileRecord],
+) -> Manifest:
     samples = source.samples
     return Manifest(
         llmopt=version("llmopt"),
@@ -210,6 +229,7 @@ def _manifest(plan: Plan, source: _Source, passes: list[PassRecord], exports: li
         versions={"python": platform.python_version(), **{name: version(name) for name in _VERSIONED}},
         passes=passes,
         exports=exports,
+        files=files,
     )
 
 

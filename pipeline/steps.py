@@ -36,6 +36,13 @@ def passes_of(recipe: Recipe) -> list[AnyPass]:
                     if step.name != earlier.name
                     else f"keep one of the two `{step.name}`",
                 )
+        rounded = next((earlier for earlier in passes if earlier.grid() is not None), None)
+        if made.before_rounding and rounded is not None:
+            raise UsageError(
+                f"`{step.name}` cannot come after `{rounded.name}`",
+                where=f"{where}: it changes weights that `{rounded.name}` has put on a grid",
+                hint=f"put `{step.name}` first",
+            )
         if Need.CALIBRATION in made.needs and recipe.calibration is None:
             raise UsageError(
                 f"`{step.name}` needs calibration data",

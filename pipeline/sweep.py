@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ..core.errors import LlmoptError, UsageError
+from ..core.model import Linear
 from ..core.passes import BlockPass, Need, PassContext, PassResult, Skip
-from ..core.patterns import matches
+from ..core.quantized import Grid
 from ..models.blocks import LoadedBlock, loaded
 from ..models.handle import TorchModel
 from ..models.replay import Replay
@@ -66,29 +67,26 @@ def _replay(skeleton: Skeleton, rows: Sequence[Sequence[int]]) -> Replay:
 
 def _run(one: BlockPass[Any], block: LoadedBlock, context: PassContext) -> PassResult:
     skips: list[Skip] = []
-    chosen = list(block.linears)
+    chosen: list[Linear] = []
     for linear in block.linears:
-        pattern = next((pattern for pattern in one.ignored() if matches(linear.name, pattern)), None)
-        if pattern is not None:
-            chosen.remove(linear)
-            skips.append(Skip(linear.name, f"ignored by `{pattern}`"))
-    grid = one.grid()
-    if grid is not None:
-        _check_grid(one, block, [linear.in_features for linear in chosen], grid.divides)
+        reason = one.left_alone(linear.name)
+        if reason is None:
+            chosen.append(linear)
+            _check_grid(one, linear, one.grid_for(linear.name, context.allocation))
+        else:
+            skips.append(Skip(linear.name, reason))
     result = one.run_block(block, chosen, context)
     result.skipped = [*skips, *result.skipped]
     _check(one, block, result)
     return result
 
 
-def _check_grid(one: BlockPass[Any], block: LoadedBlock, widths: list[int], divides: Any) -> None:
+def _check_grid(one: BlockPass[Any], linear: Linear, grid: Grid | None) -> None:
     """Catch what the shard headers did not show, such as experts stored in one 3-D tensor."""
-    bad = next((width for width in widths if not divides(width)), None)
-    if bad is not None:
-        linear = next(linear for linear in block.linears if linear.in_features == bad)
+    if grid is not None and not grid.divides(linear.in_features):
         raise UsageError(
             f"cannot group `{linear.name}`",
-            where=f"pass `{one.name}`: its {bad} input features are not a multiple of the group size",
+            where=f"pass `{one.name}`: its {linear.in_features} input features are not a multiple of the group size",
             hint=f'use --group-size channel, or leave it out with --ignore "*.{linear.name.rpartition(".")[2]}"',
         )
 
@@ -98,7 +96,9 @@ def _check(one: BlockPass[Any], block: LoadedBlock, result: PassResult) -> None:
     for name in result.changed:
         if name not in known:
             raise LlmoptError(f"pass `{one.name}` says it changed `{name}`, which is not in {block.name}")
-        if not bool(torch.isfinite(block.weight(known[name])).all()):
+        quantized = block.results.get(known[name])
+        made = block.weight(known[name]) if quantized is None else quantized.scale
+        if not bool(torch.isfinite(made).all()):
             raise LlmoptError(
                 f"pass `{one.name}` made NaN or Inf in `{name}`",
                 hint="leave the layer out with --ignore, and report this as a defect",

@@ -7,12 +7,13 @@ from pathlib import Path
 import msgspec
 
 from ..core.errors import LlmoptError, UnmetError, UsageError
-from ..core.manifest import MANIFEST, ExportRecord, Manifest
+from ..core.manifest import MANIFEST, ExportRecord, FileRecord, Manifest
+from ..core.params import convert
 from ..core.progress import Reporter
 from ..exporters import EXPORTERS
 from ..runtimes import RUNTIMES
 from .artifact import existing_folder, read_manifest
-from .output import file_records
+from .output import file_record
 
 
 def verify(directory: Path, *, reporter: Reporter) -> list[ExportRecord]:
@@ -43,7 +44,9 @@ def verify(directory: Path, *, reporter: Reporter) -> list[ExportRecord]:
         for record in manifest.exports
         if folder.resolve() in {root.resolve(), (root / record.directory).resolve()}
     ]
-    _check_files(root, chosen)
+    _check_files(root, manifest.files)
+    for record in chosen:
+        _check_files(root / record.directory, record.files)
     verified = [_check_answers(root, record, manifest, reporter) for record in chosen]
     unmet = [record for record in verified if record.verification is not None and not record.verification.passed]
     if unmet:
@@ -58,25 +61,27 @@ def verify(directory: Path, *, reporter: Reporter) -> list[ExportRecord]:
     return verified
 
 
-def _check_files(root: Path, records: list[ExportRecord]) -> None:
-    for record in records:
-        found = file_records(root / record.directory)
-        for name, expected in record.files.items():
-            if name not in found:
-                raise UnmetError(f"`{root / record.directory / name}` is missing", hint="build the artifact again")
-            if found[name] != expected:
-                raise UnmetError(
-                    f"`{root / record.directory / name}` was changed",
-                    where=f"SHA-256 {found[name].sha256}, {MANIFEST} says {expected.sha256}",
-                    hint="build the artifact again",
-                )
+def _check_files(folder: Path, records: dict[str, FileRecord]) -> None:
+    for name, expected in records.items():
+        path = folder / name
+        if not path.is_file():
+            raise UnmetError(f"`{path}` is missing", hint="build the artifact again")
+        found = file_record(path)
+        if found != expected:
+            raise UnmetError(
+                f"`{path}` was changed",
+                where=f"SHA-256 {found.sha256}, {MANIFEST} says {expected.sha256}",
+                hint="build the artifact again",
+            )
 
 
 def _check_answers(root: Path, record: ExportRecord, manifest: Manifest, reporter: Reporter) -> ExportRecord:
     from .fingerprint import FINGERPRINT, check_fingerprint
 
     directory = root / record.directory
-    runtime = RUNTIMES.load(EXPORTERS.load(record.name).runtime)()
+    made = EXPORTERS.load(record.name)
+    exporter = made(convert(record.params, made.Params, where=f"{MANIFEST}, export `{record.name}`"))
+    runtime = RUNTIMES.load(exporter.opened_in())()
     kept = root / FINGERPRINT
     with reporter.step(f"verifying {record.name} in {runtime.name}", 1) as step:
         session = runtime.open(directory)
@@ -87,8 +92,8 @@ def _check_answers(root: Path, record: ExportRecord, manifest: Manifest, reporte
             parity = check_fingerprint(
                 kept, session, runtime=runtime.version(), tolerance=record.verification.tolerance
             )
-        except KeyError as error:
-            raise LlmoptError(f"`{kept}` is damaged", where=f"{error!r}") from None
+        except (KeyError, ValueError) as error:
+            raise LlmoptError(f"`{kept}` is damaged", where=f"{error!r}", hint="build the artifact again") from None
         finally:
             session.close()
         step.advance()

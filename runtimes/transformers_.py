@@ -5,12 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import LlmoptError
 from ..core.runtime import Arrays, Runtime, Session
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PACKED = frozenset({"gptq", "awq"})
+"""The `quant_method`s that transformers opens with other packages only; see packed.py."""
 
 
 class TransformersSession(Session):
@@ -75,37 +81,69 @@ class Transformers(Runtime):
         return f"transformers {version('transformers')}"
 
     def opens(self, directory: Path) -> bool:
-        """Return whether `directory` is a Hugging Face model folder with safetensors."""
-        return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+        """Return whether `directory` is a Hugging Face model folder with safetensors that transformers reads alone."""
+        return is_model_folder(directory) and quant_method(directory) not in PACKED
 
     def open(self, directory: Path, *, threads: int | None = None) -> TransformersSession:
         """Load the folder with `from_pretrained`, in float32."""
-        import torch
-        import transformers
+        return load(directory, threads=threads)
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+
+def is_model_folder(directory: Path) -> bool:
+    """Return whether `directory` holds config.json and safetensors."""
+    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+
+
+def quant_method(directory: Path) -> str | None:
+    """Return `quant_method` of a folder's config.json, None where there is none."""
+    try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        name = (config.get("architectures") or [""])[0]
-        kind = getattr(transformers, name, None) or transformers.AutoModel
-        level = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        try:
-            with _silent():
-                model, info = kind.from_pretrained(
-                    directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
-                )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise LlmoptError(
-                f"transformers does not load `{directory}`", where=f"{type(error).__name__}: {error}"[:2000]
-            ) from error
-        finally:
-            transformers.logging.set_verbosity(level)
-        missing = [str(key) for key in (info.get("missing_keys") or ())]
-        if missing or info.get("mismatched_keys"):
-            wrong = missing or [str(key) for key in info["mismatched_keys"]]
-            raise LlmoptError(
-                f"transformers finds weights missing in `{directory}`", where=", ".join(sorted(wrong)[:5])
-            )
-        return TransformersSession(model.eval())
+        return config["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load(
+    directory: Path, *, threads: int | None = None, weights: Callable[[], Mapping[str, Tensor]] | None = None
+) -> TransformersSession:
+    """Load a folder with `from_pretrained`, in float32.
+
+    Args:
+        directory: the folder.
+        threads: threads to compute with, all cores when None.
+        weights: makes the checkpoint's tensors, to be taken for what the shards hold packed.
+
+    Raises:
+        LlmoptError: it does not load, or a weight is missing.
+    """
+    import torch
+    import transformers
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or [""])[0]
+    kind: Any = getattr(transformers, name, None) or transformers.AutoModel
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+    try:
+        with _silent():
+            if weights is None:
+                model, info = kind.from_pretrained(directory, **options)
+            else:
+                config.pop("quantization_config", None)
+                made = transformers.AutoConfig.for_model(**config)
+                model, info = kind.from_pretrained(None, config=made, state_dict=dict(weights()), **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise LlmoptError(
+            f"transformers does not load `{directory}`", where=f"{type(error).__name__}: {error}"[:2000]
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(level)
+    missing = [str(key) for key in (info.get("missing_keys") or ())]
+    if missing or info.get("mismatched_keys"):
+        wrong = missing or [str(key) for key in info["mismatched_keys"]]
+        raise LlmoptError(f"transformers finds weights missing in `{directory}`", where=", ".join(sorted(wrong)[:5]))
+    return TransformersSession(model.eval())

@@ -1,4 +1,6 @@
-"""AWQ checkpoints, version GEMM, as AutoAWQ, GPTQModel, vLLM and the ORT-GenAI builder read them. For a layer `L`:
+"""AWQ checkpoints, version GEMM, as AutoAWQ, GPTQModel, vLLM and the ORT-GenAI builder read them.
+
+For a layer `L`:
 
 1. `L.qweight` int32 [in, out / 8]: four-bit codes along the output dimension, eight a word; the lowest four bits are
    column 0 of the eight, the next column 2, then 4, 6, 1, 3, 5, 7.
@@ -18,7 +20,8 @@ from ...core.exports import ExportableModel
 from ...core.facts import ModelFacts
 from ...core.quantized import Grid, QuantizedWeight
 from ..shards import TensorSpec
-from .layout import Layout
+from . import common
+from .layout import Layout, unpacked_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,11 +34,11 @@ class Awq(Layout):
     """4 bits, symmetric or not."""
 
     name = "awq"
-    runtime = "packed-codes"
+    runtime = common.RUNTIME
 
     def refusal(self, facts: ModelFacts, grid: Grid) -> UsageError | None:
         """Refuse bits, groups, dtypes and shapes that the format or its readers have not."""
-        return refusal_of_gptq_kin(self.name, facts, grid, bits=(_BITS,))
+        return common.refusal(self.name, facts, grid, bits=(_BITS,))
 
     def specs(self, shape: tuple[int, ...], dtype: str, grid: Grid) -> dict[str, TensorSpec]:
         """Return the parts of a layer."""
@@ -51,13 +54,13 @@ class Awq(Layout):
         """Return the tensors of a layer."""
         return {
             "qweight": _pack(weight.codes.T),
-            "qzeros": _pack(explicit_zero(weight).T),
+            "qzeros": _pack(common.explicit_zero(weight).T),
             "scales": weight.scale.T.contiguous(),
         }
 
     def unpack(self, parts: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
         """Return the weight that the parts hold."""
-        return stored_as(
+        return common.stored_as(
             grid,
             codes=_unpack(parts["qweight"]).T.contiguous(),
             scale=parts["scales"].T.contiguous(),
@@ -66,19 +69,19 @@ class Awq(Layout):
 
     def config(self, model: ExportableModel) -> dict[str, Any]:
         """Return the `quantization_config`; the modules that are not packed are named one by one."""
-        grid = only_grid(self.name, model)
+        grid = common.only_grid(self.name, model)
         return {
             "quant_method": "awq",
             "version": "gemm",
             "bits": grid.bits,
-            "group_size": grid.group_size if isinstance(grid.group_size, int) else -1,
+            "group_size": common.group_size(grid),
             "zero_point": True,
             "modules_to_not_convert": unpacked_modules(model),
         }
 
     def notes(self, model: ExportableModel) -> list[str]:
         """Say what opened the artifact, and what readers do with the scales."""
-        return [OWN_READER, *scale_notes(model)]
+        return common.notes(self.name, model)
 
 
 def _pack(codes: Tensor) -> Tensor:

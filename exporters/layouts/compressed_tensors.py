@@ -1,4 +1,6 @@
-"""compressed-tensors, format `pack-quantized` (https://github.com/vllm-project/compressed-tensors). For a layer `L`:
+"""compressed-tensors, format `pack-quantized` (https://github.com/vllm-project/compressed-tensors).
+
+For a layer `L`:
 
 1. `L.weight_packed` int32 [out, ceil(in * bits / 32)]: unsigned codes as a dense stream of bits, lowest first.
 2. `L.weight_scale` [out, groups], or [1] per tensor; its dtype is the model's.
@@ -10,7 +12,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +49,6 @@ class CompressedTensors(Layout):
                 "transformers cannot load asymmetric experts from compressed-tensors",
                 where=f"{facts.architecture}, {grid}",
                 hint=f"use --symmetric, or {_OTHERWISE}",
-            )
-        touched = _initialized_by_parent(facts.model_type)
-        if layer := next((linear.name for linear in facts.linears if linear.name.rpartition(".")[2] in touched), None):
-            return UsageError(
-                f"transformers cannot load packed weights into {facts.architecture}",
-                where=f"while it loads, its code for {facts.model_type} writes to `{layer}.weight`, which is packed",
-                hint=_OTHERWISE,
             )
         return None
 
@@ -112,13 +107,14 @@ class CompressedTensors(Layout):
         for index, (grid, names) in enumerate(grids.items()):
             targets = ["Linear"] if len(grids) == 1 else sorted(names)
             groups[f"group_{index}"] = {"targets": targets, "weights": weights_args(grid)}
-        return {
+        config = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": unpacked_modules(model),
         }
+        return config | ({"dequantize": True} if _must_dequantize(model, grids) else {})
 
 
 def weights_args(grid: Grid) -> dict[str, Any]:
@@ -130,11 +126,21 @@ def weights_args(grid: Grid) -> dict[str, Any]:
     return args
 
 
-def _initialized_by_parent(model_type: str) -> frozenset[str]:
-    """Return the layers whose `weight` transformers' code for a model touches from the module above when it loads.
+def _must_dequantize(model: ExportableModel, grids: Iterable[Grid]) -> bool:
+    """Return whether transformers has to multiply the weights out while it loads; other readers do not heed that key.
 
-    Such code (T5, CLIP) stumbles over a layer that is packed and has no `weight`. Read from its source text: importing
-    it would import torch.
+    As a rule it first builds layers that hold packed weights. It cannot do that with packed zero points, for which it
+    makes too much room, nor where its own code for the model touches a layer's `weight`.
+    """
+    touched = _initialized_by_parent(model.facts.model_type)
+    leaves = {name.rpartition(".")[2] for name in model.quantized}
+    return any(not grid.symmetric for grid in grids) or bool(leaves & touched)
+
+
+def _initialized_by_parent(model_type: str) -> frozenset[str]:
+    """Return the layers whose `weight` transformers' code for a model (T5, SigLIP) writes to from the module above.
+
+    It does so while it loads. Read from its source text, which is cheaper than trying.
     """
     from importlib.util import find_spec
 

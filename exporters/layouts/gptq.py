@@ -1,4 +1,6 @@
-"""GPTQ checkpoints, as AutoGPTQ, GPTQModel, vLLM and the ORT-GenAI builder read them. For a layer `L`:
+"""GPTQ checkpoints, as AutoGPTQ, GPTQModel, vLLM and the ORT-GenAI builder read them.
+
+For a layer `L`:
 
 1. `L.qweight` int32 [in * bits / 32, out]: the codes of a column as a dense stream of bits along the input dimension,
    lowest first; with 3 bits, 32 codes fill three words.
@@ -20,7 +22,8 @@ from ...core.exports import ExportableModel
 from ...core.facts import ModelFacts
 from ...core.quantized import Grid, QuantizedWeight
 from ..shards import TensorSpec
-from .layout import Layout, explicit_zero, only_grid, refusal_of_gptq_kin, scale_notes, stored_symmetric
+from . import common
+from .layout import Layout, unpacked_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,13 +35,13 @@ class GptqV2(Layout):
     """2, 3, 4 or 8 bits, symmetric or not; GPTQModel reads it."""
 
     name = "gptq_v2"
-    runtime = "packed-codes"
+    runtime = common.RUNTIME
     less: ClassVar[int] = 0
     """What is subtracted from a zero point where it is stored."""
 
     def refusal(self, facts: ModelFacts, grid: Grid) -> UsageError | None:
         """Refuse bits, groups, dtypes and shapes that the format or its readers have not."""
-        return refusal_of_gptq_kin(self.name, facts, grid, bits=_BITS)
+        return common.refusal(self.name, facts, grid, bits=_BITS)
 
     def specs(self, shape: tuple[int, ...], dtype: str, grid: Grid) -> dict[str, TensorSpec]:
         """Return the parts of a layer."""
@@ -58,7 +61,7 @@ class GptqV2(Layout):
         from ..packing import pack_int32
 
         _, in_features = weight.shape
-        stored = (explicit_zero(weight).int() - self.less) & (weight.grid.levels - 1)
+        stored = (common.explicit_zero(weight).int() - self.less) & (weight.grid.levels - 1)
         return {
             "qweight": pack_int32(weight.codes, weight.bits).T.contiguous(),
             "qzeros": pack_int32(stored.to(torch.uint8).T, weight.bits),
@@ -77,7 +80,7 @@ class GptqV2(Layout):
         if not parts["g_idx"].equal(torch.arange(in_features, dtype=torch.int32) // (in_features // groups)):
             raise ValueError("g_idx is not in order")
         stored = unpack_int32(parts["qzeros"], grid.bits, out_features).T
-        return stored_as(
+        return common.stored_as(
             grid,
             codes=unpack_int32(parts["qweight"].T, grid.bits, in_features),
             scale=parts["scales"].T.contiguous(),
@@ -85,24 +88,26 @@ class GptqV2(Layout):
         )
 
     def config(self, model: ExportableModel) -> dict[str, Any]:
-        """Return the `quantization_config`; the layers that are packed are named one by one."""
-        grid = only_grid(self.name, model)
-        return {
+        """Return the `quantization_config`."""
+        grid = common.only_grid(self.name, model)
+        made = {
             "quant_method": "gptq",
             "checkpoint_format": self.name,
             "bits": grid.bits,
-            "group_size": grid.group_size if isinstance(grid.group_size, int) else -1,
+            "group_size": common.group_size(grid),
             "desc_act": False,
             "sym": grid.symmetric,
             "lm_head": False,
             "pack_dtype": "int32",
-            # optimum and vLLM quantize the modules whose name ends in, or contains, one of these.
-            "modules_in_block_to_quantize": [sorted(model.quantized)],
         }
+        if any(part.isdigit() for module in unpacked_modules(model) for part in module.split(".")):
+            # A layer in a block stays as it is: optimum and vLLM pack the modules that are named here, and no other.
+            made["modules_in_block_to_quantize"] = [sorted(model.quantized)]
+        return made
 
     def notes(self, model: ExportableModel) -> list[str]:
         """Say what opened the artifact, and what readers do with the scales."""
-        return [OWN_READER, *scale_notes(model)]
+        return common.notes(self.name, model)
 
 
 class Gptq(GptqV2):

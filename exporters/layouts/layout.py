@@ -1,14 +1,11 @@
-"""The contract of a layout, and what several of them refuse or look up alike."""
+"""The contract of a layout, and what several of them need."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import msgspec
-
-from ...core.errors import LlmoptError, UsageError
+from ...core.errors import UsageError
 from ...core.exports import ExportableModel
 from ...core.facts import ModelFacts
 from ...core.quantized import Grid, QuantizedWeight
@@ -82,71 +79,6 @@ def conv1d_refusal(name: str, facts: ModelFacts) -> UsageError | None:
     )
 
 
-def word_refusal(name: str, facts: ModelFacts, *, inputs: int, outputs: int) -> UsageError | None:
-    """Refuse layers whose rows or columns do not fill whole 32-bit words.
-
-    Args:
-        name: the layout.
-        facts: the model's outline.
-        inputs: input features of a layer must be a multiple of this.
-        outputs: output features likewise.
-    """
-    for linear in facts.linears:
-        for side, width, unit in (("in", linear.in_features, inputs), ("out", linear.out_features, outputs)):
-            if width % unit:
-                return UsageError(
-                    f"{name} cannot hold `{linear.name}`",
-                    where=f"{side}_features {width} is not a multiple of {unit}, and codes fill whole 32-bit words",
-                    hint=f"use format compressed-tensors, or leave the layer out with --ignore "
-                    f'"*.{linear.name.rpartition(".")[2]}"',
-                )
-    return None
-
-
-def only_grid(name: str, model: ExportableModel) -> Grid:
-    """Return the grid that all layers share.
-
-    Raises:
-        LlmoptError: there are several, which the layout's readers have no words for.
-    """
-    grids = sorted(set(model.quantized.values()), key=str)
-    if len(grids) == 1:
-        return grids[0]
-    raise LlmoptError(
-        f"{name} cannot hold weights on several grids",
-        where="; ".join(map(str, grids)),
-        hint="use format compressed-tensors",
-    )
-
-
 def unpacked_modules(model: ExportableModel) -> list[str]:
     """Return the paths of the linear modules that stay in floating point."""
     return sorted(module for module, layer in model.linear_modules().items() if layer not in model.quantized)
-
-
-def stored_symmetric(weight: QuantizedWeight) -> QuantizedWeight:
-    """Return a weight read with explicit zero points as a symmetric one, if every one of them is the midpoint."""
-    assert weight.zero_point is not None
-    if not bool((weight.zero_point == weight.grid.midpoint).all()):
-        return weight
-    return replace(weight, zero_point=None, grid=msgspec.structs.replace(weight.grid, symmetric=True))
-
-
-def explicit_zero(weight: QuantizedWeight) -> Tensor:
-    """Return the zero points, (out_features, groups) uint8, those of a symmetric grid written out."""
-    import torch
-
-    if weight.zero_point is not None:
-        return weight.zero_point
-    return torch.full(weight.scale.shape, weight.grid.midpoint, dtype=torch.uint8)
-
-
-def scale_note(model: ExportableModel) -> list[str]:
-    """Return a note where scales are not float16, the convention of GPTQ and AWQ checkpoints."""
-    dtype = next(model.tensor_specs()[f"{layer}.weight"][0] for layer in model.quantized)
-    if dtype == "float16":
-        return []
-    return [
-        f"scales are stored in {dtype}, the model's dtype, so that the weights are the same in every format: vLLM and "
-        "the ORT-GenAI builder keep it, GPTQModel (and so transformers) rounds scales to float16 as it loads"
-    ]

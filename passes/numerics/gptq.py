@@ -82,32 +82,37 @@ def factorize(hessian: Tensor, *, damping: float, act_order: bool) -> Factor | N
         return None
     hessian.diagonal()[dead] = energy[~dead].mean()
     order = torch.argsort(energy, descending=True, stable=True) if act_order else torch.arange(energy.numel())
-    ordered = hessian[order][:, order]
-    mean = float(ordered.diagonal().mean())
+    ordered = hessian.index_select(0, order).index_select(1, order)
+    diagonal = ordered.diagonal().clone()
+    mean = float(diagonal.mean())
     for double in (False, True):
         matrix = ordered.double() if double else ordered
         for step in range(_DAMPING_STEPS + 1):
             share = damping * 10**step if damping else 10.0 ** (step - _DAMPING_STEPS - 1) * (step > 0)
-            upper = _inverse_factor(matrix, share * mean)
+            upper = _inverse_factor(matrix, diagonal.to(matrix.dtype) + share * mean)
             if upper is not None:
                 hessian.diagonal().add_(share * mean)
                 return Factor(hessian, upper.float(), order, energy, share, int(dead.sum()), double)
     return None
 
 
-def _inverse_factor(matrix: Tensor, added: float) -> Tensor | None:
-    damped = matrix.clone()
-    damped.diagonal().add_(added)
-    lower, info = torch.linalg.cholesky_ex(damped)
+def _inverse_factor(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
+    """Return the upper Cholesky factor of the inverse of `matrix` with another diagonal; None if it has none.
+
+    Works with one matrix beside the given one: a Hessian of a wide layer is the largest thing in memory.
+    """
+    matrix.diagonal().copy_(diagonal)
+    lower, info = torch.linalg.cholesky_ex(matrix)
     if int(info) or not bool(torch.isfinite(lower).all()):
         return None
-    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    inverse = torch.cholesky_inverse(lower, out=lower)
+    upper, info = torch.linalg.cholesky_ex(inverse, upper=True, out=(inverse, info))
     return None if int(info) or not bool(torch.isfinite(upper).all()) else upper
 
 
 def gptq(
     weight: Tensor, factor: Factor, grid: Grid, dtype: torch.dtype, *, clip: bool = False, refits: int = 0
-) -> tuple[QuantizedWeight, float]:
+) -> tuple[QuantizedWeight, Tensor]:
     """Quantize a weight.
 
     Args:
@@ -116,46 +121,42 @@ def gptq(
         grid: bits, group size, symmetry.
         dtype: the dtype scales will be stored in.
         clip: search the range of each group by squared error, columns weighted by their energy.
-        refits: how often to fit the scales to the codes and round again.
+        refits: how often to fit the scales to the codes and round again; each row keeps its best round.
 
     Returns:
-        The quantized weight, and the mean squared error of the product over calibration tokens, summed over outputs
-        (damping included): the best of all rounds.
+        The quantized weight, and each row's mean squared error over calibration tokens (damping included),
+        (out_features,).
     """
     scales = fit_scales(weight, grid, dtype, clip=clip, importance=factor.energy if clip else None)
-    best: tuple[Tensor, Scales, float] | None = None
-    for index in range(refits + 1):
-        codes = _round_columns(weight, factor, scales)
-        residual = weight - _dequantized(codes, scales)
-        error = float(((residual @ factor.hessian) * residual).sum())
-        if best is None or error < best[2]:
-            best = (codes, scales, error)
-        if index < refits:
-            scales = _refit(codes, scales, residual, factor.hessian)
-    assert best is not None
-    return best[1].weight(best[0]), best[2]
+    codes, errors = _sweep(weight, factor, scales)
+    for _ in range(refits):
+        refitted = _refit(weight, codes, scales, factor.hessian)
+        tried, tried_errors = _sweep(weight, factor, refitted)
+        # One scale for the whole tensor: the rows stand or fall together.
+        better = tried_errors < errors if grid.group_size != "tensor" else tried_errors.sum() < errors.sum()
+        better = better.expand_as(errors)
+        codes[better] = tried[better]
+        errors = torch.where(better, tried_errors, errors)
+        scales = Scales(torch.where(better[: len(scales.scale), None], refitted.scale, scales.scale), scales.zero, grid)
+    return scales.weight(codes), errors
 
 
-def _dequantized(codes: Tensor, scales: Scales) -> Tensor:
-    scale, zero = scales.columns(codes.shape[1])
-    return (codes.float() - zero) * scale
-
-
-def _refit(codes: Tensor, scales: Scales, residual: Tensor, hessian: Tensor) -> Scales:
+def _refit(weight: Tensor, codes: Tensor, scales: Scales, hessian: Tensor) -> Scales:
     """Return the scales that fit `codes` best, group after group, each with the others as they are by then.
 
     With c the centred codes of a row's group and R the row's residual, the best step of its scale is
     (R H_g · c) / (c H_gg c). A step that would halve or double a scale is not taken: the codes tell nothing then.
 
     Args:
-        codes: (out_features, in_features) uint8.
+        weight: (out_features, in_features) float32.
+        codes: its codes, uint8.
         scales: what they were rounded with.
-        residual: weight - dequantized, (out_features, in_features); overwritten.
         hessian: (in_features, in_features), damped.
     """
-    centred = codes.float() - scales.columns(codes.shape[1])[1]
+    centred = codes.float().sub_(scales.columns(codes.shape[1])[1])
     fitted = scales.scale.float().clone()
     width = codes.shape[1] // fitted.shape[1]
+    residual = weight - scales.weight(codes).dequantize(torch.float32)
     for group in range(fitted.shape[1]):
         columns = slice(group * width, (group + 1) * width)
         part = centred[:, columns]
@@ -172,34 +173,36 @@ def _refit(codes: Tensor, scales: Scales, residual: Tensor, hessian: Tensor) -> 
     return Scales(fitted.to(scales.scale.dtype), scales.zero, scales.grid)
 
 
-def _round_columns(weight: Tensor, factor: Factor, scales: Scales) -> Tensor:
-    """Round all columns in GPTQ's order; returns the codes in the weight's own order, uint8."""
-    scale, zero = scales.columns(weight.shape[1])
-    order = factor.order
-    work, scale, zero = weight[:, order], scale[:, order].expand_as(weight), zero[:, order].expand_as(weight)
-    codes = _sweep(work, factor.upper, scale, zero, scales.grid.levels - 1)
-    unordered = torch.empty_like(codes)
-    unordered[:, order] = codes
-    return unordered
+def _sweep(weight: Tensor, factor: Factor, scales: Scales) -> tuple[Tensor, Tensor]:
+    """Round the columns of a weight in GPTQ's order.
 
+    With E the scaled errors of the columns and U the factor, weight - rounded = E U, so that the error of the product,
+    (E U) H (E U)^T, is E E^T: it costs nothing to know.
 
-def _sweep(work: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
-    """Round the columns of `work` (overwritten) from left to right; all arguments are in GPTQ's order."""
-    columns = work.shape[1]
-    codes = torch.empty(work.shape, dtype=torch.uint8)
-    # Columns are worked on transposed: a column is then contiguous, which is worth a factor of two.
-    work, scale, zero, codes_t = work.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), codes.T.contiguous()
-    for start in range(0, columns, _COLUMNS):
-        stop = min(start + _COLUMNS, columns)
-        errors = torch.empty(stop - start, work.shape[1])
-        block = work[start:stop]
-        local = upper[start:stop, start:stop]
+    Returns:
+        Codes (out_features, in_features) uint8 in the weight's own order, and the error of each row.
+    """
+    out_features, in_features = weight.shape
+    width, top = in_features // scales.scale.shape[1], scales.grid.levels - 1
+    # Transposed, a column is contiguous: worth a factor of two.
+    work = weight.T.index_select(0, factor.order)
+    scale = scales.scale.float().T.expand(-1, out_features).contiguous()
+    zero = scales.zero.T.expand(-1, out_features).contiguous()
+    codes = torch.empty(in_features, out_features, dtype=torch.uint8)
+    total = torch.zeros(out_features)
+    places = factor.order.tolist()
+    for start in range(0, in_features, _COLUMNS):
+        stop = min(start + _COLUMNS, in_features)
+        errors = torch.empty(stop - start, out_features)
+        block, local = work[start:stop], factor.upper[start:stop, start:stop]
         for index in range(stop - start):
-            at = start + index
-            code = (block[index] / scale[at]).round_().add_(zero[at]).clamp_(0, top)
-            codes_t[at] = code.to(torch.uint8)
-            error = block[index].sub(code.sub_(zero[at]).mul_(scale[at])).div_(local[index, index])
-            errors[index] = error
+            place = places[start + index]
+            group = place // width
+            code = (block[index] / scale[group]).round_().add_(zero[group]).clamp_(0, top)
+            codes[place] = code.to(torch.uint8)
+            error = torch.sub(block[index], code.sub_(zero[group]).mul_(scale[group]), out=errors[index])
+            error.div_(local[index, index])
             block[index + 1 :].addr_(local[index, index + 1 :], error, alpha=-1)
-        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    return codes_t.T.contiguous()
+        work[stop:].addmm_(factor.upper[start:stop, stop:].T, errors, alpha=-1)
+        total += errors.square().sum(0)
+    return codes.T.contiguous(), total

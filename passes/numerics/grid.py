@@ -54,20 +54,20 @@ def fit_scales(
         clip: search, for each group, the share of its range that minimizes the squared error.
         importance: (in_features,), weights of the squared error of each column; all equal when None.
     """
-    groups = _grouped(weight, grid)
+    groups = grouped(weight, grid)
     low, high = groups.amin(-1), groups.amax(-1)
     share = torch.ones_like(low)
     if clip:
         share = _best_share(groups, low, high, grid, dtype, importance=_grouped_importance(importance, groups, weight))
-    scale, zero = _from_range(low * share, high * share, grid, dtype)
+    scale, zero = scales_of_range(low * share, high * share, grid, dtype)
     return Scales(scale, zero, grid)
 
 
 def round_to(weight: Tensor, scales: Scales) -> Tensor:
     """Return the nearest code of every weight, (out_features, in_features) uint8."""
-    groups = _grouped(weight, scales.grid)
+    groups = grouped(weight, scales.grid)
     scale, zero = scales.scale.float().unsqueeze(-1), scales.zero.unsqueeze(-1)
-    return _codes(groups, scale, zero, scales.grid).reshape(weight.shape).to(torch.uint8)
+    return codes_of(groups, scale, zero, scales.grid).reshape(weight.shape).to(torch.uint8)
 
 
 def round_to_nearest(
@@ -78,7 +78,8 @@ def round_to_nearest(
     return scales.weight(round_to(weight, scales))
 
 
-def _grouped(weight: Tensor, grid: Grid) -> Tensor:
+def grouped(weight: Tensor, grid: Grid) -> Tensor:
+    """Return a view of a weight by groups, (out_features, groups, width); (1, 1, all) per tensor."""
     out_features, in_features = weight.shape
     if grid.group_size == "tensor":
         return weight.reshape(1, 1, -1)
@@ -92,11 +93,13 @@ def _grouped_importance(importance: Tensor | None, groups: Tensor, weight: Tenso
     return normalized.expand_as(weight).reshape(groups.shape)
 
 
-def _codes(groups: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+def codes_of(groups: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """Return the nearest codes of weights in groups, as float32; `scale` and `zero` have a last dimension of 1."""
     return (groups / scale).round_().add_(zero).clamp_(0, grid.levels - 1)
 
 
-def _from_range(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def scales_of_range(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return scale (of `dtype`) and zero point (float32) of groups that reach from `low` to `high`."""
     steps = grid.levels - 1
     if grid.symmetric:
         scale = torch.maximum(low.abs(), high.abs()) / (steps / 2)
@@ -118,9 +121,9 @@ def _best_share(
     share = torch.ones_like(low)
     for step in range(_SHRINK_STEPS + 1):
         tried = 1 - (1 - _SMALLEST_SHARE) * step / _SHRINK_STEPS
-        scale, zero = _from_range(low * tried, high * tried, grid, dtype)
+        scale, zero = scales_of_range(low * tried, high * tried, grid, dtype)
         wide, offset = scale.float().unsqueeze(-1), zero.unsqueeze(-1)
-        error = _codes(groups, wide, offset, grid).sub_(offset).mul_(wide).sub_(groups).square_()
+        error = codes_of(groups, wide, offset, grid).sub_(offset).mul_(wide).sub_(groups).square_()
         if importance is not None:
             error.mul_(importance)
         total = error.sum(-1)

