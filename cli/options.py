@@ -120,7 +120,10 @@ def parse(raw: Any, parameter: Parameter) -> Any:
     Raises:
         UsageError: a wrong type or a value out of range.
     """
-    return parse_value(raw, parameter, option=f"--{parameter.flag}")
+    option = f"--{parameter.flag}"
+    if parameter.item is not None:
+        return [parse_struct(text, parameter.item, where=option) for text in raw]
+    return parse_value(raw, parameter, option=option)
 
 
 def parse_value(raw: Any, parameter: Parameter, *, option: str, where: str | None = None) -> Any:
@@ -147,6 +150,20 @@ def _hint(shown: str, parameter: Parameter, option: str) -> str:
         return hint
     join = " " if option.startswith("--") else "="
     return f"for example {option}{join}{parameter.default_text or parameter.metavar}"
+
+
+def parse_struct(text: str, struct: type[msgspec.Struct], *, where: str) -> dict[str, Any]:
+    """Read `FIRST:key=value,key=value`: the struct's first field, then others; the first may itself hold colons.
+
+    Raises:
+        UsageError: no pair, an unknown key, a bad value.
+    """
+    name = struct.__struct_encode_fields__[0]
+    first, _, pairs = text.rpartition(":")
+    if not first:
+        example = f"{where} '{name.upper()}:KEY=VALUE'"
+        raise UsageError(f"cannot read `{text}`", where=where, hint=f"write {example}")
+    return {name: first, **parse_pairs(pairs, struct, where=f"{where} {text}")}
 
 
 def parse_pairs(text: str, struct: type[msgspec.Struct], *, where: str) -> dict[str, Any]:

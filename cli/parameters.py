@@ -39,6 +39,7 @@ class Parameter:
         metavar: the value as a usage line shows it, such as `N|channel|tensor`.
         is_flag: whether it is true or false.
         is_list: whether it holds several values.
+        item: the struct that each of its values is, None when they are plain.
         required: whether it has no default.
         default: its default, None when required.
         description: its help text, one or several sentences.
@@ -50,14 +51,16 @@ class Parameter:
     metavar: str
     is_flag: bool
     is_list: bool
+    item: type[msgspec.Struct] | None
     required: bool
     default: Any
     description: str
 
     @property
     def flag(self) -> str:
-        """The name of its option, without the dashes."""
-        return self.name.replace("_", "-")
+        """The name of its option, without the dashes; one occurrence of a list of structs is one of them."""
+        name = self.name if self.item is None else self.name.removesuffix("s")
+        return name.replace("_", "-")
 
     @property
     def default_text(self) -> str:
@@ -71,6 +74,11 @@ def value_text(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.to_builtins(value)
+    if isinstance(value, dict):
+        pairs = [f"{key}={value_text(item)}" for key, item in list(value.items())[1:] if value_text(item)]
+        return f"{next(iter(value.values()))}:{','.join(pairs)}"
     if isinstance(value, (tuple, list)):
         return ", ".join(value_text(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -100,17 +108,25 @@ def _parameter(field: inspect.Field, hint: Any) -> Parameter:
         metavar=_metavar(kind),
         is_flag=isinstance(kind, inspect.BoolType),
         is_list=isinstance(kind, (inspect.VarTupleType, inspect.ListType)),
+        item=_item(kind),
         required=field.required,
         default=default,
         description=description,
     )
 
 
+def _item(kind: inspect.Type) -> type[msgspec.Struct] | None:
+    held = kind.item_type if isinstance(kind, (inspect.VarTupleType, inspect.ListType)) else None
+    return held.cls if isinstance(held, inspect.StructType) else None
+
+
 def _metavar(kind: inspect.Type) -> str:
     if isinstance(kind, inspect.Metadata):
         return _metavar(kind.type)
     if isinstance(kind, (inspect.VarTupleType, inspect.ListType)):
-        return _METAVAR_OF_LIST
+        item = _item(kind)
+        first = "" if item is None else item.__struct_encode_fields__[0].upper()
+        return f"{first}:KEY=VALUE,..." if first else _METAVAR_OF_LIST
     if isinstance(kind, inspect.UnionType):
         return "|".join(_metavar(item) for item in kind.types if not isinstance(item, inspect.NoneType))
     return "|".join(_choices(kind)) or _METAVARS.get(type(kind), "VALUE")
@@ -120,7 +136,9 @@ def _words(kind: inspect.Type) -> str:
     if isinstance(kind, inspect.Metadata):
         return _words(kind.type)
     if isinstance(kind, (inspect.VarTupleType, inspect.ListType)):
-        return f"list of {_words(kind.item_type)}"
+        item = _item(kind)
+        fields = "" if item is None else ", ".join(f"`{name}`" for name in item.__struct_encode_fields__)
+        return f"list of mappings with {fields}" if fields else f"list of {_words(kind.item_type)}"
     if isinstance(kind, inspect.UnionType):
         return " or ".join(_words(item) for item in kind.types)
     choices = _choices(kind)

@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UsageError
+from ..core.passes import Need
 from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 from ..passes import PASSES
 from .build import DEFAULT_EXPORT, execute, exports, parse_scheme
 from .common import DryRun, Export, Force, Json, ModelArgument, Output, Quiet, SaveRecipe, Seed, Verbose, open_screen
 from .options import Options, Source, refuse_foreign, with_options
 
-METHODS = ("gptq", "rtn")
+METHODS = ("autoround", "gptq", "hqq", "rtn")
 _QUANTIZATION, _CALIBRATION, _MODEL = "Quantization", "Calibration", "Model"
 
 
@@ -43,8 +44,9 @@ def command(
         str | None,
         typer.Option(
             metavar="|".join(METHODS),
-            help="How codes are chosen: rtn rounds each weight to the nearest, gptq makes up for the error of one "
-            "weight with the next and needs --calibration. [default: gptq with --calibration, else rtn]",
+            help="How codes are chosen: rtn rounds each weight to the nearest, hqq fits the scales to the weights. With "
+            "--calibration: gptq makes up for the error of one weight with the next, autoround learns which way to "
+            "round from each block's output. [default: gptq with --calibration, else rtn]",
             rich_help_panel=_QUANTIZATION,
         ),
     ] = None,
@@ -105,12 +107,12 @@ def _choose(method: str | None, *, calibrated: bool) -> str:
     """Return the method.
 
     Raises:
-        UsageError: an unknown one, or gptq without calibration data.
+        UsageError: an unknown one, or one that needs calibration data and has none.
     """
     if method is None:
         return "gptq" if calibrated else "rtn"
     if method not in METHODS:
         raise UsageError(f"unknown method `{method}`", hint=f"known: {', '.join(METHODS)}")
-    if method == "gptq" and not calibrated:
-        raise UsageError("--method gptq needs calibration data", hint="name it with --calibration SPEC, or use rtn")
+    if Need.CALIBRATION in PASSES.load(method).needs and not calibrated:
+        raise UsageError(f"--method {method} needs calibration data", hint="name it with --calibration SPEC, or use rtn")
     return method

@@ -21,6 +21,8 @@ _LOAD = {
     "onnx": 'onnxruntime.InferenceSession("{path}/model.onnx")',
     "onnx-genai": 'onnxruntime_genai.Model("{path}")',
 }
+_PACKED = {"gptq", "gptq_v2", "awq"}
+_LOAD_PACKED = 'vllm.LLM("{path}")'
 
 
 def plan_sections(plan: Plan) -> list[Section]:
@@ -109,7 +111,7 @@ def _verification(record: ExportRecord) -> tuple[str, ...]:
 
 
 def _load(record: ExportRecord, directory: Path, manifest: Manifest) -> str:
-    call = _LOAD.get(record.name, "")
+    call = _LOAD_PACKED if record.params.get("format") in _PACKED else _LOAD.get(record.name, "")
     architecture = str(manifest.source.get("architecture", ""))
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         call = call.replace("AutoModel", "AutoModelForCausalLM")

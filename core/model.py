@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -112,6 +112,24 @@ class Block(Protocol):
 
         Returns:
             Mean squared error of the block's output, over its mean square.
+        """
+        ...
+
+    @property
+    def batches(self) -> int:
+        """How many batches the calibration samples make."""
+        ...
+
+    def output(self, batch: int, weights: Mapping[Linear, Tensor] | None = None) -> Tensor:
+        """Return the block's output on a calibration batch, with all that was changed so far.
+
+        Args:
+            batch: its number.
+            weights: weights to compute with instead of the layers' own, each (out_features, in_features) float32;
+                gradients flow to them.
+
+        Returns:
+            (rows, tokens, hidden) float32.
         """
         ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,30 @@ class LoadedBlock:
                 self._view(self._views[linear]).copy_(weight)
             self.results, self.changed = results, changed
         return error / max(sum(float(one.square().mean()) for one in expected), 1e-30)
+
+    @property
+    def batches(self) -> int:
+        """How many batches the calibration samples make."""
+        return len(self._samples)
+
+    def output(self, batch: int, weights: Mapping[Linear, Tensor] | None = None) -> Tensor:
+        """Return the block's output on a calibration batch; see `core.model.Block`."""
+        if weights is None:
+            return self._output(batch)
+        args, kwargs = self._samples.call(self._site, batch)
+        made = torch.func.functional_call(self._site.module, self._with(weights), args, kwargs)
+        return made if isinstance(made, Tensor) else made[0]
+
+    def _with(self, weights: Mapping[Linear, Tensor]) -> dict[str, Tensor]:
+        """Return the module's parameters, by their names in it, that hold `weights` in the place of the layers' own."""
+        parameters: dict[str, Tensor] = {}
+        for linear, weight in weights.items():
+            view = self._views[linear]
+            name = view.parameter.removeprefix(f"{self._site.name}.")
+            if name not in parameters:
+                parameters[name] = self._skeleton.parameter(view.parameter).data.clone()
+            view.of(parameters[name]).copy_(weight)
+        return parameters
 
     def stages(self) -> list[Stage]:
         """Return the block's products in the order in which the forward pass reaches them."""

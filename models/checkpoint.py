@@ -109,7 +109,7 @@ class Checkpoint:
             _read_into(stream, data.numpy().data, info)
         tensor = data.view(getattr(torch, info.dtype)).reshape(info.shape)
         # The sum of a tensor tells far more cheaply than a test of each element; one that overflows falls to the test.
-        if info.is_floating and not (torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all()):
+        if info.is_floating and not (torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise LlmoptError(
                 f"weight `{name}` holds NaN or Inf",

@@ -189,7 +189,7 @@ def _bind(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[list[Binding]
         except (RuntimeError, ValueError, IndexError, KeyError) as error:
             raise LlmoptError(
                 f"the weights that `{binding.first}` is made of do not fit together",
-                where=f"{len(binding.sources)} tensors, from `{binding.sources[0][0]}` on\n{str(error).splitlines()[0]}",
+                where=f"{len(binding.sources)} tensors, `{binding.sources[0][0]}` first\n{str(error).splitlines()[0]}",
                 hint="the checkpoint is incomplete or belongs to another config.json",
             ) from error
         binding.targets = {target: tensor.shape for target, tensor in made.items()}

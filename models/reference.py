@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.errors import LlmoptError
 from .handle import TorchModel
+from .outside import outside_on_demand
 from .skeleton import BlockSite, Skeleton
 
 
@@ -43,7 +44,7 @@ def streamed_outputs(
 @contextmanager
 def _streamed(skeleton: Skeleton, read: Callable[[str], Tensor]) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(skeleton.outside_on_demand(read, keep=False))
+        stack.enter_context(outside_on_demand(skeleton, read, keep=False))
         for site in skeleton.sites:
             before, after = _hooks(skeleton, read, site)
             stack.callback(site.module.register_forward_pre_hook(before).remove)

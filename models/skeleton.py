@@ -21,6 +21,7 @@ from ..core.errors import LlmoptError, UsageError
 from ..core.model import Linear
 from .checkpoint import Checkpoint
 from .locate import Location, read_config
+from .memory import trim
 from .naming import Naming, Rows
 
 _SMALLEST = 16
@@ -107,60 +108,26 @@ class Skeleton:
         """Return the current tensor of a parameter."""
         return self.model.get_parameter(name)
 
-    def load(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
-        """Put the parameters called `names` into memory as float32.
+    def load(self, names: Iterable[str], read: Callable[[str], Tensor], *, widen: bool = True) -> None:
+        """Put the parameters called `names` into memory.
 
         Args:
             names: parameter names.
             read: gives a checkpoint tensor by name.
+            widen: as float32, rather than in the dtype they are stored in.
         """
         targets = [target for name in names if (target := self._target(name)) is not None]
         for name, tensor in self.naming.load(targets, read):
-            self._set(name, tensor.to(torch.float32))
+            self._set(name, tensor.to(torch.float32) if widen else tensor)
 
     def unload(self, names: Iterable[str]) -> None:
         """Send the parameters called `names` back to the meta device, freeing their memory."""
         for name in names:
             self._set(name, torch.empty_like(self.parameter(name), device="meta"))
+        trim()
 
-    @contextmanager
-    def outside_on_demand(self, read: Callable[[str], Tensor], *, keep: bool = True) -> Iterator[None]:
-        """Load what lies outside the blocks when it is used.
-
-        Args:
-            read: gives a checkpoint tensor by name.
-            keep: free it at the end, rather than as soon as its module has computed.
-        """
-        outside = set(self.outside)
-        loaded: set[str] = set()
-
-        def before(module: nn.Module, _: Any) -> None:
-            wanted = [name for name in names[module] if name not in loaded]
-            if wanted:
-                self.load(wanted, read)
-                loaded.update(wanted)
-
-        def after(module: nn.Module, _: Any, __: Any) -> None:
-            self.unload(loaded.intersection(names[module]))
-            loaded.difference_update(names[module])
-
-        names: dict[nn.Module, list[str]] = {}
-        for path, module in self.model.named_modules():
-            own = [f"{path}.{key}" if path else key for key, _ in module.named_parameters(recurse=False)]
-            own = [name for name in own if self._canonical(name) in outside]
-            if own:
-                names[module] = own
-        handles = [module.register_forward_pre_hook(before) for module in names]
-        if not keep:
-            handles += [module.register_forward_hook(after) for module in names]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.unload(loaded)
-
-    def _canonical(self, name: str) -> str:
+    def canonical(self, name: str) -> str:
+        """Return the name by which tied parameters are told apart from others: the first of their aliases."""
         return self._aliases.get(name, [name])[0]
 
     def _target(self, name: str) -> str | None:

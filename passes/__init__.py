@@ -12,9 +12,12 @@ PASSES: Registry[Pass[Any]] = Registry(
     __name__,
     {
         "awq": "awq:Awq",
+        "autoround": "autoround:Autoround",
         "cast": "cast:Cast",
+        "fold-norms": "fold_norms:FoldNorms",
         "gptq": "gptq:Gptq",
         "hqq": "hqq:Hqq",
         "rtn": "rtn:Rtn",
+        "smooth": "smooth:Smooth",
     },
 )

@@ -79,15 +79,17 @@ class Awq(WeightPass[AwqParams]):
         import os
         from .numerics.awq import search
         for product in chosen:
+            H = hessians[product].matrix
             best = search([block.weight(l) for l in product.linears], hessians.pop(product).matrix, block.channels(product), self._grid(), getattr(torch, block.dtype), steps=self.params.ratios, clip=bool(os.environ.get("JOINT")))
             if os.environ.get("SHOW"): print(product.linears[0].name, [(f"{c.ratio:.2f} {c.error:.5f}") for c in best[:3]], next(c.error for c in best if c.ratio==0))
-            one = self._judge(block, product, best)
+            one = self._judge(block, product, best, H)
             if one is not None:
                 block.balance(product, one.factors)
                 result.changed += [l.name for l in product.linears]
         return result
 
-    def _judge(self, block, product, found):
+    def _judge(self, block, product, found, H):
+        import os
         import torch
 
         from .numerics.grid import round_to_nearest
@@ -105,7 +107,13 @@ class Awq(WeightPass[AwqParams]):
             def trial(wide=wide):
                 for linear in product.linears:
                     w = block.weight(linear)
-                    block.update(linear, round_to_nearest(w * wide, self._grid(), dtype).dequantize(torch.float32) / wide)
+                    if os.environ.get("TCLIP"):
+                        from .numerics.awq import clip_scales
+                        from .numerics.grid import round_to
+                        sc = clip_scales(w * wide, H / wide / wide[:, None], self._grid(), dtype, steps=10)
+                        block.update(linear, sc.weight(round_to(w * wide, sc)).dequantize(torch.float32) / wide)
+                    else:
+                        block.update(linear, round_to_nearest(w * wide, self._grid(), dtype).dequantize(torch.float32) / wide)
             errors.append(block.output_error(product.linears, trial))
         return picks[min(range(len(picks)), key=errors.__getitem__)]
 

@@ -103,6 +103,14 @@ class WeightPass(BlockPass[W]):
             grid = None if self.left_alone(linear.name) else self.scheme(linear.name)
             if grid is None or grid.divides(linear.in_features):
                 continue
+            override = self.override(linear.name)
+            if override is not None and override.group_size is not None:
+                raise UsageError(
+                    f"cannot group `{linear.name}`",
+                    where=f"{self._where()}, override `{override.pattern}`: its {linear.in_features} input features are "
+                    f"not a multiple of group size {grid.group_size}",
+                    hint=f"give the override a group_size that divides {linear.in_features}, or `channel`",
+                )
             widths = {other.in_features for other in facts.linears}
             fitting = [size for size in (128, 64, 32, _SMALLEST_GROUP) if all(width % size == 0 for width in widths)]
             advice = f"use --group-size {fitting[0]}, or " if fitting else "use --group-size channel, or "

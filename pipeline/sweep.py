@@ -6,7 +6,7 @@ free it. The runner, not the pass, sees to the contract: only the block's own la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ import torch
 from ..core.errors import LlmoptError, UsageError
 from ..core.model import Linear
 from ..core.passes import BlockPass, Need, PassContext, PassResult, Skip
-from ..core.quantized import Grid
+from ..core.quantized import Grid, QuantizedWeight
 from ..models.blocks import LoadedBlock, loaded
 from ..models.handle import TorchModel
+from ..models.outside import outside_on_demand
 from ..models.replay import Replay
 from ..models.skeleton import Skeleton
 from ..models.text import batches
@@ -42,7 +43,7 @@ def run_sweep(
     results = [PassResult() for _ in passes]
     title = " + ".join(one.name for one in passes)
     last = skeleton.sites[-1]
-    with context.reporter.step(title, len(skeleton.sites)) as step, skeleton.outside_on_demand(model.read):
+    with context.reporter.step(title, len(skeleton.sites)) as step, outside_on_demand(skeleton, model.read):
         for stack in skeleton.stacks:
             for site in stack:
                 with loaded(skeleton, site, model.read, model.facts.dtype, replay) as block:
@@ -75,9 +76,10 @@ def _run(one: BlockPass[Any], block: LoadedBlock, context: PassContext) -> PassR
             _check_grid(one, linear, one.grid_for(linear.name, context.allocation))
         else:
             skips.append(Skip(linear.name, reason))
+    before = dict(block.results)
     result = one.run_block(block, chosen, context)
     result.skipped = [*skips, *result.skipped]
-    _check(one, block, result)
+    _check(one, block, result, before)
     return result
 
 
@@ -91,7 +93,9 @@ def _check_grid(one: BlockPass[Any], linear: Linear, grid: Grid | None) -> None:
         )
 
 
-def _check(one: BlockPass[Any], block: LoadedBlock, result: PassResult) -> None:
+def _check(
+    one: BlockPass[Any], block: LoadedBlock, result: PassResult, before: Mapping[Linear, QuantizedWeight]
+) -> None:
     known = {linear.name: linear for linear in block.linears}
     for name in result.changed:
         if name not in known:
@@ -103,6 +107,7 @@ def _check(one: BlockPass[Any], block: LoadedBlock, result: PassResult) -> None:
                 f"pass `{one.name}` made NaN or Inf in `{name}`",
                 hint="leave the layer out with --ignore, and report this as a defect",
             )
-    untold = {linear.name for linear in block.results} - set(result.changed)
-    if untold and len(block.results) == len(known):
+    quantized_now = {linear.name for linear, weight in block.results.items() if before.get(linear) is not weight}
+    untold = quantized_now - set(result.changed)
+    if untold:
         raise LlmoptError(f"pass `{one.name}` changed {', '.join(sorted(untold))} without saying so")

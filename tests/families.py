@@ -135,7 +135,9 @@ def make_model(family: Family, **changes: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
-                parameter.copy_(torch.randn(parameter.shape) * (0.1 if "embed" in name else 0.3 if "lm_head" in name else 0.12))
+                parameter.copy_(
+                    torch.randn(parameter.shape) * (0.1 if "embed" in name else 0.3 if "lm_head" in name else 0.12)
+                )
             else:
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
     model.tie_weights()

@@ -100,7 +100,9 @@ class TestSteps:
     def test_it_is_documented(self, kind, name):
         made = load(kind, name)
         documented = [made, made.Params, sys.modules[made.__module__]]
-        documented += [value for key, value in vars(made).items() if inspect.isfunction(value) and not key.startswith("_")]
+        documented += [
+            value for key, value in vars(made).items() if inspect.isfunction(value) and not key.startswith("_")
+        ]
         for one in documented:
             assert one.__doc__, one
             first = one.__doc__.strip().splitlines()[0]
@@ -121,13 +123,17 @@ class TestSteps:
             facts, linears=(), architecture="NoSuchModel", model_type="none", has_tokenizer=False, config={}
         )
         one = load(kind, name)(convert(REQUIRED.get(name, {}), load(kind, name).Params, where="test"))
-        for grid in (None, Grid(bits=3, group_size=7, symmetric=False), Grid(bits=5, group_size="tensor", symmetric=True)):
+        for grid in (
+            None,
+            Grid(bits=3, group_size=7, symmetric=False),
+            Grid(bits=5, group_size="tensor", symmetric=True),
+        ):
             for outline in (facts, foreign):
                 try:
                     one.check(outline, Target.CPU if kind == "pass" else grid)
                 except LlmoptError as error:
-                    assert isinstance(error, UsageError), error
-                    assert error.where or error.hint, str(error)
+                    assert isinstance(error, UsageError), error  # noqa: PT017
+                    assert error.where or error.hint, str(error)  # noqa: PT017
 
 
 def described(schema):

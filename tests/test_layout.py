@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-MAPPING = SETUPTOOLS["package-dir"]
+DATA = {"llmopt.tiny_llama": "examples/tiny-llama"}  # holds no code: the bundled model
+MAPPING = {package: folder for package, folder in SETUPTOOLS["package-dir"].items() if package not in DATA}
 NOT_PACKAGED = {"tests", "benchmarks", "examples", "docs", "build", "dist"}
 
 
@@ -32,7 +33,8 @@ def test_every_folder_with_code_is_mapped():
 
 
 def test_every_mapped_folder_is_packaged_under_its_own_name():
-    assert sorted(MAPPING) == sorted(SETUPTOOLS["packages"])
+    assert SETUPTOOLS["package-dir"] == MAPPING | DATA
+    assert sorted(MAPPING | DATA) == sorted(SETUPTOOLS["packages"])
     for package, folder in MAPPING.items():
         assert package == ("llmopt" if folder == "llmopt" else f"llmopt.{folder.replace('/', '.')}")
         assert (ROOT / folder / "__init__.py").is_file()
@@ -44,7 +46,7 @@ def wheel(tmp_path_factory):
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for folder in {value.partition("/")[0] for value in MAPPING.values()}:
+    for folder in {value.partition("/")[0] for value in (MAPPING | DATA).values()}:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(target), str(source)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)

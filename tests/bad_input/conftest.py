@@ -23,7 +23,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shell(tmp_path: Path, artifact: Path, capsys: Any, monkeypatch: Any) -> Shell:
     """Return a shell in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return Shell(tmp_path, artifact, capsys)
 
 

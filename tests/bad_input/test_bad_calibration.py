@@ -91,9 +91,3 @@ def test_samples_longer_than_the_context(shell):
 )
 def test_none_where_some_is_needed(shell, options, what, hint):
     shell.builds_nothing(*ARGUMENTS, *options, code=2, what=what, hint=hint)
-
-
-def test_a_data_set_that_cannot_be_reached(shell):
-    shell.builds_nothing(
-        *ARGUMENTS, "--calibration", "hf:nobody/nothing", code=1, what="data set `nobody/nothing`", hint="local file"
-    )

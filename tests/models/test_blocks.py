@@ -6,6 +6,8 @@ from families import FAMILIES, random_rows
 from helpers import assert_near, grid, open_model
 from llmopt.core.errors import LlmoptError
 from llmopt.models.blocks import loaded
+from llmopt.models.outside import outside_on_demand
+from llmopt.models.outside import outside_on_demand
 from llmopt.models.replay import Replay
 from llmopt.models.text import batches
 from llmopt.passes.numerics.grid import round_to_nearest
@@ -44,7 +46,7 @@ def last_block(model, rows):
     """Yield the last block with the calibration samples brought to it."""
     skeleton = model.skeleton()
     replay = Replay(skeleton, batches(rows, decoder=bool(skeleton.config.is_encoder_decoder)))
-    with skeleton.outside_on_demand(model.read):
+    with outside_on_demand(skeleton, model.read):
         for stack in skeleton.stacks:
             for site in stack:
                 with loaded(skeleton, site, model.read, "float32", replay) as block:
@@ -82,12 +84,16 @@ def test_layers_agree_with_the_outline(name, family, tmp_path):
     model = open_model(family(name), tmp_path)
     outlined = {(linear.name, linear.out_features, linear.in_features) for linear in model.facts.linears}
     skeleton = model.skeleton()
-    found = {(v.linear.name, v.linear.out_features, v.linear.in_features) for site in skeleton.sites for v in site.views}
+    found = {
+        (v.linear.name, v.linear.out_features, v.linear.in_features) for site in skeleton.sites for v in site.views
+    }
     assert outlined == found
     assert len(skeleton.sites) == model.facts.blocks
 
 
-@pytest.mark.parametrize(("name", "changes"), [("mixtral", {"num_local_experts": 16}), ("qwen3_moe", {"num_experts": 16})])
+@pytest.mark.parametrize(
+    ("name", "changes"), [("mixtral", {"num_local_experts": 16}), ("qwen3_moe", {"num_experts": 16})]
+)
 def test_a_router_is_no_layer_to_quantize(name, changes, family, tmp_path):
     model = open_model(family(name, **changes), tmp_path)
     assert not [linear.name for linear in model.facts.linears if linear.name.endswith(".gate")]
@@ -131,7 +137,9 @@ def test_inputs_are_what_the_modules_multiply(name, family, tmp_path):
         names = {linear.name for linear in block.linears}
         handles = [
             module.register_forward_pre_hook(
-                lambda _, args, path=path: expected.setdefault(path, []).append(args[0].flatten(0, -2).clone())
+                lambda _, args, path=path, expected=expected: expected.setdefault(path, []).append(
+                    args[0].flatten(0, -2).clone()
+                )
             )
             for path, module in reference.named_modules()
             if path in names
@@ -141,14 +149,22 @@ def test_inputs_are_what_the_modules_multiply(name, family, tmp_path):
                 reference(**batch)
         got: dict[str, list[torch.Tensor]] = {}
         for stage in block.stages():
-            block.collect(
-                stage, lambda product, x: [got.setdefault(linear.name, []).append(x.clone()) for linear in product.linears]
-            )
+            block.collect(stage, into(got))
         assert sorted(got) == sorted(expected) == sorted(names), site
         for path in names:
             assert_near(torch.cat(got[path]), torch.cat(expected[path]), what=path, factor=10)
         for handle in handles:
             handle.remove()
+
+
+def into(table):
+    """Return a receiver that appends every input to its layers' entries."""
+
+    def receive(product, rows):
+        for linear in product.linears:
+            table.setdefault(linear.name, []).append(rows.clone())
+
+    return receive
 
 
 def in_order(rows):
@@ -166,14 +182,17 @@ def test_an_expert_sees_exactly_the_tokens_routed_to_it(name, first, last, famil
         def hook(_, args, routed=routed):
             routed["tokens"], routed["index"] = args[0].clone(), args[1].clone()
 
-        experts = next(m for path, m in reference.named_modules() if path.startswith(block.name) and path.endswith(".experts"))
+        experts = next(
+            m for path, m in reference.named_modules() if path.startswith(block.name) and path.endswith(".experts")
+        )
         handle = experts.register_forward_pre_hook(hook)
         with torch.no_grad():
             reference(**batches(rows, decoder=False)[0])
         handle.remove()
-        got: dict[str, torch.Tensor] = {}
+        parts: dict[str, list[torch.Tensor]] = {}
         for stage in block.stages():
-            block.collect(stage, lambda product, x: got.update({l.name: x.clone() for l in product.linears}))
+            block.collect(stage, into(parts))
+        got = {path: torch.cat(pieces) for path, pieces in parts.items()}
         for expert in range(4):
             expected = routed["tokens"][(routed["index"] == expert).any(-1)]
             assert len(expected)

@@ -29,12 +29,16 @@ def sharded(family, tmp_path):
     return shutil.copytree(family("llama", shard="100KB"), tmp_path / "model")
 
 
+def read_all(folder, work):
+    handle = open_model(folder, work)
+    handle.skeleton()
+    return dict(handle.tensors())
+
+
 def refused(folder, work=None):
     """Read the model as a run does; return the error."""
     with pytest.raises(LlmoptError) as caught:
-        handle = open_model(folder, (work or folder).parent / "work")
-        handle.skeleton()
-        dict(handle.tensors())
+        read_all(folder, (work or folder).parent / "work")
     error = caught.value
     assert error.what
     assert "\n" not in error.what
@@ -90,7 +94,9 @@ class TestShards:
         assert error.what == "model.safetensors is damaged"
         assert error.hint == AGAIN
 
-    @pytest.mark.parametrize("junk", [b"not json", b"[1, 2]", b"\xff\xfe{}", b'{"a": 3}', b'{"a": {}}', b"null", b'"x"'])
+    @pytest.mark.parametrize(
+        "junk", [b"not json", b"[1, 2]", b"\xff\xfe{}", b'{"a": 3}', b'{"a": {}}', b"null", b'"x"']
+    )
     def test_header_that_is_no_header(self, model, junk):
         (model / "model.safetensors").write_bytes(struct.pack("<Q", len(junk)) + junk)
         error = refused(model)
@@ -272,7 +278,7 @@ class TestFolders:
         (tmp_path / "llama").mkdir()
         error = self.refused(tmp_path / "lama")
         assert error.what == f"no model at `{tmp_path / 'lama'}`"
-        assert (error.hint or "").startswith("did you mean `")
+        assert "did you mean `" in (error.hint or "")
         assert (error.hint or "").endswith("llama`?")
         assert error.exit_code == 2
 

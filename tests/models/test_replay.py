@@ -6,6 +6,8 @@ from families import FAMILIES, random_rows
 from helpers import assert_near, open_model
 from llmopt.exporters.dummy_inputs import sample_inputs
 from llmopt.models.blocks import loaded
+from llmopt.models.outside import outside_on_demand
+from llmopt.models.outside import outside_on_demand
 from llmopt.models.replay import Replay
 from llmopt.models.text import batches
 
@@ -56,7 +58,7 @@ def test_every_block_gets_what_the_whole_model_gives_it(name, family, tmp_path):
     expected = [whole_model_calls(reference, batch, names)[0] for batch in inputs]
     replay = Replay(skeleton, inputs)
     seen = []
-    with skeleton.outside_on_demand(model.read):
+    with outside_on_demand(skeleton, model.read):
         for stack in skeleton.stacks:
             for site in stack:
                 with loaded(skeleton, site, model.read, "float32", replay) as block:
@@ -75,7 +77,7 @@ def test_nothing_stays_in_memory(family, tmp_path):
     model = open_model(family("llama"), tmp_path)
     skeleton = model.skeleton()
     replay = Replay(skeleton, batches(random_rows(), decoder=False))
-    with skeleton.outside_on_demand(model.read):
+    with outside_on_demand(skeleton, model.read):
         for site in skeleton.stacks[0]:
             with loaded(skeleton, site, model.read, "float32", replay):
                 inside = {name for name, value in skeleton.model.named_parameters() if not value.is_meta}

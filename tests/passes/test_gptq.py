@@ -111,7 +111,9 @@ def test_every_expert_has_a_hessian_of_its_own(name, family, tmp_path):
             whole(**batch)
     handle.remove()
     tokens, index = (torch.cat(parts) for parts in zip(*routed, strict=True))
-    gates = [path for path in model.quantized if path.startswith("model.layers.0.") and path.endswith(("w1", "gate_proj"))]
+    gates = [
+        path for path in model.quantized if path.startswith("model.layers.0.") and path.endswith(("w1", "gate_proj"))
+    ]
     assert len(gates) == 4
     for path in gates:
         number = int(path.split(".experts.")[1].split(".")[0])

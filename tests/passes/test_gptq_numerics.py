@@ -1,5 +1,7 @@
 """GPTQ's mathematics against a slow reference, and against rounding to nearest."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,7 +92,7 @@ def test_the_product_is_nearer_than_with_rounding_to_nearest(grid, act_order):
         factor = factorize(matrix.clone(), damping=0.01, act_order=act_order)
         quantized, told = gptq(w, factor, grid, torch.float32, refits=refits)
         errors.append(error(w, quantized, matrix))
-        assert told == pytest.approx(error(w, quantized, factor.hessian), rel=1e-3)
+        assert float(told.sum()) == pytest.approx(error(w, quantized, factor.hessian), rel=1e-3)
     assert max(errors) < nearest
     if grid.group_size != "tensor":
         assert errors[0] < 0.8 * nearest
@@ -102,10 +104,13 @@ def test_refitting_never_makes_it_worse(seed, bits, symmetric, clip):
     w, matrix = weight(8, 32, seed), hessian(inputs(64, 32, seed + 1))
     grid = Grid(bits=bits, group_size=16, symmetric=symmetric)
     told = [
-        gptq(w, factorize(matrix.clone(), damping=0.01, act_order=True), grid, torch.float32, clip=clip, refits=refits)[1]
+        gptq(w, factorize(matrix.clone(), damping=0.01, act_order=True), grid, torch.float32, clip=clip, refits=refits)[
+            1
+        ]
         for refits in (0, 1, 4)
     ]
-    assert told[0] >= told[1] >= told[2] * (1 - 1e-6)
+    for before, after in pairwise(told):
+        assert bool((after <= before * (1 + 1e-5)).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -163,7 +168,9 @@ class TestDamping:
 
         honest = module._inverse_factor
         monkeypatch.setattr(
-            module, "_inverse_factor", lambda matrix, added: honest(matrix, added) if matrix.dtype == torch.float64 else None
+            module,
+            "_inverse_factor",
+            lambda matrix, added: honest(matrix, added) if matrix.dtype == torch.float64 else None,
         )
         factor = factorize(hessian(inputs()), damping=0.01, act_order=True)
         assert factor.double

@@ -1,6 +1,6 @@
 """Every family through every export, and docs/support.md, which is written from what is found here.
 
-    LLMOPT_UPDATE_DOCS=1 pytest tests/pipeline/test_families.py     writes the page, otherwise it is compared
+LLMOPT_UPDATE_DOCS=1 pytest tests/pipeline/test_families.py     writes the page, otherwise it is compared
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ from llmopt.runtimes.transformers_ import Transformers
 PAGE = Path(__file__).parent.parent.parent / "docs" / "support.md"
 SYMMETRIC: dict[str, Any] = {"group_size": 32}
 ASYMMETRIC: dict[str, Any] = {"group_size": 32, "symmetric": False}
+
+
+INTRODUCTION = """\
+Each family is a tiny random model. *Verified*: the artifact was opened again in its own runtime (transformers, ONNX
+Runtime, ONNX Runtime GenAI), every quantized weight read back equals ours bit for bit, and the outputs agree with the
+model that was exported: to 0.1 % of the largest where the runtime computes in float32; to a mean KL divergence of 0.01
+where it computes with int8 activations (onnx-genai, int4). *Refused*: `llmopt plan` says so, with the reason below,
+before any work is done. int4 is `rtn` with groups of 32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,9 @@ def test_verified_or_refused_with_a_reason(name, key, found):
         assert result.passes[0].skipped == []
 
 
-@pytest.mark.parametrize(("name", "key"), [cell for cell in CELLS if cell[1] in {"packed", "packed-asymmetric", "plain"}])
+@pytest.mark.parametrize(
+    ("name", "key"), [cell for cell in CELLS if cell[1] in {"packed", "packed-asymmetric", "plain"}]
+)
 def test_transformers_holds_exactly_our_weights(name, key, family, found, tmp_path):
     output, result = found(name, key)
     if isinstance(result, UsageError):
@@ -106,7 +116,9 @@ def test_transformers_holds_exactly_our_weights(name, key, family, found, tmp_pa
     session = Transformers().open(output)
     skeleton, reference = ours.skeleton(), ours.materialize()
     if skeleton.model.main_input_name == "input_ids":
-        (batch,) = batches(random_rows(200, rows=4, length=24, seed=5), decoder=bool(skeleton.config.is_encoder_decoder))
+        (batch,) = batches(
+            random_rows(200, rows=4, length=24, seed=5), decoder=bool(skeleton.config.is_encoder_decoder)
+        )
     else:
         from llmopt.exporters.dummy_inputs import sample_inputs
 
@@ -127,7 +139,7 @@ def render(found):
     rows = []
     for name, family in FAMILIES.items():
         cells = []
-        for key, column in COLUMNS.items():
+        for key in COLUMNS:
             if (name, key) not in CELLS:
                 cells.append("–")
                 continue
@@ -145,12 +157,7 @@ def render(found):
             "",
             "Written by `LLMOPT_UPDATE_DOCS=1 pytest tests/pipeline/test_families.py` from what it finds; do not edit.",
             "",
-            "Each family is a tiny random model. *Verified*: the artifact was opened again in its own runtime"
-            " (transformers, ONNX Runtime, ONNX Runtime GenAI), every quantized weight read back equals ours bit for bit,"
-            " and the outputs agree with the model that was exported: to 0.1 % of the largest where the runtime computes"
-            " in float32; to a mean KL divergence of 0.01 where it computes with int8 activations (onnx-genai, int4)."
-            " *Refused*: `llmopt plan` says so, with the reason below, before any work is done."
-            " int4 is `rtn` with groups of 32.",
+            INTRODUCTION.replace("\n", " "),
             "",
             f"| Family | Architecture | {' | '.join(titles)} |",
             f"| --- | --- |{' --- |' * len(titles)}",
