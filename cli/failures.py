@@ -20,10 +20,12 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory"
 def understood(error: BaseException) -> LlmoptError | None:
     """Return the message for the user, None when the error is a defect of llmopt."""
     if isinstance(error, LlmoptError):
-        return error
+        # What an engine or a library could not do for want of space is no fault of the model.
+        cause = error.__cause__
+        return understood(cause) if cause is not None and _is_want_of_room(cause) else error
     if isinstance(error, _ClickException):
         return _usage(error)
-    if isinstance(error, MemoryError) or _mentions(error, _NO_MEMORY):
+    if _is_memory(error):
         hint = "see the estimate of --dry-run; use fewer or shorter calibration samples, or a machine with more memory"
         return LlmoptError("out of memory", where=_first_line(error), hint=hint)
     if _is_disk_full(error):
@@ -35,6 +37,14 @@ def understood(error: BaseException) -> LlmoptError | None:
     if isinstance(error, OSError):
         return _system(error)
     return None
+
+
+def _is_want_of_room(error: BaseException) -> bool:
+    return _is_memory(error) or _is_disk_full(error)
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or _mentions(error, _NO_MEMORY)
 
 
 def _is_disk_full(error: BaseException) -> bool:

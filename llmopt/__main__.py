@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
+
+_ECHO_SECONDS = 2.0
+_interrupted: list[float] = []
+"""When Ctrl-C was pressed."""
 
 _received: list[int] = []
 """Signals so far. A library may swallow the exception that a signal raises; this list tells us all the same."""
@@ -24,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     _received.clear()
+    _interrupted.clear()
     _prepare()
     try:
         return _run(given)
@@ -50,8 +56,13 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
+    # Wrappers such as `uv run` pass it on beside the terminal's own: an echo must not cut the tidying short.
+    now = time.monotonic()
+    echo = bool(_interrupted) and now - _interrupted[-1] < _ECHO_SECONDS
+    _interrupted.append(now)
     _received.append(number)
-    raise KeyboardInterrupt
+    if not echo:
+        raise KeyboardInterrupt
 
 
 def _run(arguments: list[str]) -> int:
@@ -79,6 +90,9 @@ def _report(error: BaseException, *, verbose: bool, as_json: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
+    if _received:
+        with suppress(ValueError):  # the interpreter's own end is not to be interrupted
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     if signal.SIGTERM in _received or isinstance(error, Terminated):
         return _say("terminated", ExitCode.TERMINATED, as_json=as_json)
     if signal.SIGINT in _received or isinstance(error, KeyboardInterrupt):

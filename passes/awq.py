@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta
 
 from ..core.model import Block, Linear, Product, Stage
 from ..core.passes import Need, PassContext, PassResult, Skip
-from ..core.quantized import Grid
+from ..core.quantized import Grid, QuantizedWeight
+from .products import NO_PRODUCER, NO_TOKEN, unreached
 from .weights import WeightParams, WeightPass
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .numerics.awq import Candidate
     from .numerics.gptq import Hessian
 
 
@@ -26,22 +26,29 @@ class AwqParams(WeightParams, frozen=True, kw_only=True):
         Literal["mse", "none"],
         Meta(description="Shrink the range of each group to where the squared error is smallest, or keep it whole."),
     ] = "mse"
-    ratios: Annotated[int, Meta(ge=1, le=100, description="Exponents tried between 0 and 1 for the scales.")] = 20
+    ratios: Annotated[int, Meta(ge=1, le=100, description="Exponents tried for the scales, up to 1.")] = 10
     trials: Annotated[
         int,
         Meta(
             ge=0,
-            le=40,
-            description="How many of the best scales are judged by the block's output; 0 trusts the layer's own.",
+            le=7,
+            description="How many of the best scales are compared by the output of the block; 0 trusts the error of "
+            "the layer's own outputs.",
         ),
     ] = 0
     scales_only: Annotated[
-        bool, Meta(description="Only balance, for `gptq` or another rounding pass on the same grid to follow.")
+        bool, Meta(description="Only scale, for `gptq` or another pass with the same grid to round.")
     ] = False
 
 
 class Awq(WeightPass[AwqParams]):
-    """Scale the input channels that matter most, clip ranges, and round to nearest (Lin et al., 2024).
+    """Give the input channels that matter most more of the grid, and clip ranges, before rounding (Lin et al., 2024).
+
+    First every layer's input channels are scaled, each scale taken up by what makes the input: a norm, or rows of an
+    earlier layer (v for o, up for down). This leaves the function as it was; layers that share an input with one that
+    is not ignored are scaled along with it. Then the layers are clipped and rounded in the order in which the forward
+    pass reaches them, every later one seeing the outputs of those before it. A layer whose input nothing can be scaled
+    for is clipped and rounded only.
     """
 
     name = "awq"
@@ -49,104 +56,113 @@ class Awq(WeightPass[AwqParams]):
     Params = AwqParams
 
     def grid(self) -> Grid | None:
-        """Return the grid; None when only scales are moved."""
-        return None if self.params.scales_only else self._grid()
+        """Return the grid of the layers that no override names; None when they are only scaled."""
+        return None if self.params.scales_only else super().grid()
 
-    def run_block(self, block: Block, linears: Iterable[Linear], context: PassContext) -> PassResult:  # noqa: ARG002
-        """Balance all products, then quantize `linears` stage by stage."""
+    def run_block(self, block: Block, linears: Iterable[Linear], context: PassContext) -> PassResult:
+        """Scale all inputs, then quantize `linears` stage by stage."""
         wanted = set(linears)
         result = PassResult()
         for stage in block.stages():
-            result.absorb(self._balance_stage(block, stage, wanted))
-        if self.params.scales_only:
-            return result
-        result.skipped.clear()
-        result.changed.clear()
-        for stage in block.stages():
-            result.absorb(self._quantize_stage(block, stage, wanted))
+            result.absorb(self._scale_stage(block, stage, wanted, context))
+        if not self.params.scales_only:
+            result = PassResult(metrics=result.metrics)
+            for stage in block.stages():
+                result.absorb(self._quantize_stage(block, stage, wanted, context))
+        result.skipped += unreached(block, wanted)
         return result
 
-    def _balance_stage(self, block: Block, stage: Stage, wanted: set[Linear]) -> PassResult:
-        from .numerics.gptq import Hessian
-
+    def _scale_stage(self, block: Block, stage: Stage, wanted: set[Linear], context: PassContext) -> PassResult:
+        chosen = [product for product in stage if wanted.intersection(product.linears)]
+        hessians = _hessians(block, tuple(one for one in chosen if block.channels(one) is not None))
         result = PassResult()
-        chosen = tuple(p for p in stage if wanted.intersection(p.linears) and block.channels(p) is not None)
-        hessians = {product: Hessian(product.in_features) for product in chosen}
-        if chosen:
-            block.collect(chosen, lambda product, rows: hessians[product].add(rows))
-        import torch
-
-        import os
-        from .numerics.awq import search
         for product in chosen:
-            H = hessians[product].matrix
-            best = search([block.weight(l) for l in product.linears], hessians.pop(product).matrix, block.channels(product), self._grid(), getattr(torch, block.dtype), steps=self.params.ratios, clip=bool(os.environ.get("JOINT")))
-            if os.environ.get("SHOW"): print(product.linears[0].name, [(f"{c.ratio:.2f} {c.error:.5f}") for c in best[:3]], next(c.error for c in best if c.ratio==0))
-            one = self._judge(block, product, best, H)
-            if one is not None:
-                block.balance(product, one.factors)
-                result.changed += [l.name for l in product.linears]
+            names = [linear.name for linear in product.linears]
+            hessian = hessians.pop(product, None)
+            if hessian is None or not hessian.tokens:
+                reason = NO_PRODUCER if hessian is None else NO_TOKEN
+                result.absorb(
+                    PassResult(skipped=[Skip(name, reason) for name in names], metrics=_counted(scaled=False))
+                )
+                continue
+            block.balance(product, self._factors(block, product, hessian.matrix, wanted, context))
+            result.absorb(PassResult(changed=names, metrics=_counted(scaled=True)))
         return result
 
-    def _judge(self, block, product, found, H):
-        import os
+    def _factors(
+        self, block: Block, product: Product, hessian: Tensor, wanted: set[Linear], context: PassContext
+    ) -> Tensor:
+        """Return the factors with the smallest error of the product's outputs, or of the block's if it is asked."""
         import torch
 
-        from .numerics.grid import round_to_nearest
-        if self.params.trials == 0:
-            return found[0]
-        picks = found[: self.params.trials]
-        one = next(f for f in found if f.ratio == 0)
-        if all(one is not pick for pick in picks):
-            picks.append(one)
-        channels, dtype = block.channels(product), getattr(torch, block.dtype)
-        errors = []
-        for pick in picks:
-            wide = pick.factors[channels]
+        from .numerics.awq import Layer, diagonal_blocks, search
 
-            def trial(wide=wide):
-                for linear in product.linears:
-                    w = block.weight(linear)
-                    if os.environ.get("TCLIP"):
-                        from .numerics.awq import clip_scales
-                        from .numerics.grid import round_to
-                        sc = clip_scales(w * wide, H / wide / wide[:, None], self._grid(), dtype, steps=10)
-                        block.update(linear, sc.weight(round_to(w * wide, sc)).dequantize(torch.float32) / wide)
-                    else:
-                        block.update(linear, round_to_nearest(w * wide, self._grid(), dtype).dequantize(torch.float32) / wide)
-            errors.append(block.output_error(product.linears, trial))
-        return picks[min(range(len(picks)), key=errors.__getitem__)]
+        channels = block.channels(product)
+        assert channels is not None, "chosen for having them"
+        linears = [linear for linear in product.linears if linear in wanted]
+        grids = [self.scheme(linear.name, context.allocation) for linear in linears]
+        layers = [Layer(block.weight(linear), grid) for linear, grid in zip(linears, grids, strict=True)]
+        clip, dtype = self.params.clip == "mse", getattr(torch, block.dtype)
+        found = search(layers, hessian, channels, dtype, steps=self.params.ratios, clip=clip)
+        if not self.params.trials:
+            return found[0].factors
 
-    def _quantize_stage(self, block, stage, wanted):
-        import os
+        def error(factors: Tensor) -> float:
+            wide = factors[channels]
+            seen = hessian / wide / wide.unsqueeze(1)
 
+            def trial() -> None:
+                for linear, grid in zip(linears, grids, strict=True):
+                    blocks = diagonal_blocks(seen, grid) if clip else None
+                    rounded = _rounded(block.weight(linear) * wide, blocks, grid, dtype)
+                    block.update(linear, rounded.dequantize(torch.float32) / wide)
+
+            return block.output_error(linears, trial)
+
+        return min((one.factors for one in found[: self.params.trials]), key=error)
+
+    def _quantize_stage(self, block: Block, stage: Stage, wanted: set[Linear], context: PassContext) -> PassResult:
         import torch
 
-        from .numerics.awq import clip_scales
-        from .numerics.gptq import Hessian
-        from .numerics.grid import round_to, round_to_nearest
-        result = PassResult()
+        from .numerics.awq import diagonal_blocks
+
+        chosen = tuple(product for product in stage if wanted.intersection(product.linears))
+        hessians = _hessians(block, chosen) if self.params.clip == "mse" else {}
         dtype = getattr(torch, block.dtype)
-        if self.params.clip == "mse":
-            hessians = {product: Hessian(product.in_features) for product in stage}
-            block.collect(stage, lambda product, rows: hessians[product].add(rows))
-        for product in stage:
+        result = PassResult()
+        for product in chosen:
+            hessian = hessians.pop(product, None)
+            unseen = hessian is not None and not hessian.tokens
             for linear in product.linears:
-                if linear not in wanted: continue
-                w = block.weight(linear)
-                noclip = os.environ.get("NOQK") and ("q_proj" in linear.name or "k_proj" in linear.name)
-                if self.params.clip == "mse" and not noclip:
-                    scales = clip_scales(w, hessians[product].matrix, self._grid(), dtype, steps=24, smallest=float(os.environ.get("CL",".5")))
-                    if os.environ.get("REFIT"):
-                        from .numerics.gptq import _refit
-                        for _ in range(int(os.environ["REFIT"])):
-                            scales = _refit(w, round_to(w, scales), scales, hessians[product].matrix)
-                    block.quantize(linear, scales.weight(round_to(w, scales)))
-                else:
-                    block.quantize(linear, round_to_nearest(w, self._grid(), dtype))
+                if linear not in wanted:
+                    continue
+                grid = self.scheme(linear.name, context.allocation)
+                blocks = None if hessian is None or unseen else diagonal_blocks(hessian.matrix, grid)
+                block.quantize(linear, _rounded(block.weight(linear), blocks, grid, dtype))
                 result.changed.append(linear.name)
+                if unseen:
+                    result.notes.append(f"{linear.name}: {NO_TOKEN}; rounded to nearest")
+                    result.absorb(PassResult(metrics={"rounded_to_nearest_count": 1}))
         return result
 
-    def _grid(self) -> Grid:
-        params = self.params
-        return Grid(bits=params.bits, group_size=params.group_size, symmetric=params.symmetric)
+
+def _hessians(block: Block, products: Stage) -> dict[Product, Hessian]:
+    from .numerics.gptq import Hessian
+
+    hessians = {product: Hessian(product.in_features) for product in products}
+    if hessians:
+        block.collect(products, lambda product, rows: hessians[product].add(rows))
+    return hessians
+
+
+def _rounded(weight: Tensor, blocks: Tensor | None, grid: Grid, dtype: object) -> QuantizedWeight:
+    """Round to nearest, ranges clipped by the `blocks` of the Hessian where there are some."""
+    from .numerics.awq import clip_scales
+    from .numerics.grid import fit_scales, round_to
+
+    scales = fit_scales(weight, grid, dtype) if blocks is None else clip_scales(weight, blocks, grid, dtype)
+    return scales.weight(round_to(weight, scales))
+
+
+def _counted(*, scaled: bool) -> dict[str, float]:
+    return {"scaled_inputs_count": float(scaled), "unscaled_inputs_count": float(not scaled)}

@@ -10,6 +10,7 @@ from msgspec import Meta
 from ..core.model import Block, Linear, Product
 from ..core.params import Ignore, Params
 from ..core.passes import BlockPass, Need, PassContext, PassResult, Skip
+from .products import NO_PRODUCER, NO_TOKEN, unreached
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 _ALPHAS = tuple(step / 20 for step in range(21))
 _ROWS_PER_BATCH = 64
-NO_PRODUCER = "nothing before it can take up a scale"
-NEVER_REACHED = "the calibration samples never reach it"
 
 
 class SmoothParams(Params, frozen=True, kw_only=True):
@@ -83,7 +82,7 @@ class Smooth(BlockPass[SmoothParams]):
         if inputs is None or channels is None:
             return PassResult(skipped=[Skip(name, NO_PRODUCER) for name in names])
         if not inputs.seen:
-            return PassResult(skipped=[Skip(name, "no calibration token reaches it") for name in names])
+            return PassResult(skipped=[Skip(name, NO_TOKEN) for name in names])
         factors = self._factors(inputs, [block.weight(linear) for linear in product.linears], channels)
         if factors is None:
             return PassResult(skipped=[Skip(name, "no scale lowers its error") for name in names])
@@ -108,10 +107,3 @@ class Smooth(BlockPass[SmoothParams]):
             if error < best:
                 best, found = error, factors
         return found
-
-
-def unreached(block: Block, wanted: Iterable[Linear]) -> list[Skip]:
-    """Return a skip for each of `wanted` that no stage of the block holds."""
-    reached = {linear for stage in block.stages() for product in stage for linear in product.linears}
-    left = set(wanted) - reached
-    return [Skip(linear.name, NEVER_REACHED) for linear in block.linears if linear in left]

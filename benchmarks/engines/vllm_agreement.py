@@ -78,13 +78,14 @@ CASES = [
 ]
 
 
-def build(model: Path, case: Case, output: Path, *, format_: str) -> None:
-    """Quantize and export; the artifact is verified on the way."""
+def build(model: Path, case: Case, folder: Path) -> None:
+    """Quantize, and export twice: in the case's format, and plain for the reference. Both are verified on the way."""
     passes = [Step("cast", {"dtype": case.dtype})] if case.dtype != "float32" else []
     passes += [Step("rtn", case.grid)] if case.grid else []
-    exports = (Step("safetensors", {"format": format_}),)
-    recipe = Recipe(model=ModelSpec(id=str(model)), passes=tuple(passes), exports=exports)
-    run_plan(make_plan(recipe), output, force=True, reporter=Silent())
+    for name, format_ in (("artifact", case.format), ("plain", "plain")):
+        exports = (Step("safetensors", {"format": format_}),)
+        recipe = Recipe(model=ModelSpec(id=str(model)), passes=tuple(passes), exports=exports)
+        run_plan(make_plan(recipe), folder / name, force=True, reporter=Silent())
 
 
 def prompts_of(model: Path, data: Path) -> list[list[int]]:
@@ -151,18 +152,15 @@ def _env() -> dict[str, str]:
     return {**os.environ, "PATH": f"{ENGINE.parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def measure(model: Path, case: Case, prompts: list[list[int]], scratch: Path) -> dict[str, Any]:
-    """Build, generate and compare one artifact."""
+def measure(model: Path, case: Case, prompts: list[list[int]], folder: Path) -> dict[str, Any]:
+    """Generate from one artifact and compare."""
     from transformers import AutoModelForCausalLM
 
-    artifact, plain = scratch / "artifact", scratch / "plain"
-    build(model, case, artifact, format_=case.format)
-    build(model, case, plain, format_="plain")
-    answer = engine(artifact, prompts, case.dtype, scratch)
+    answer = engine(folder / "artifact", prompts, case.dtype, folder)
     row = {"model": model.name, "artifact": case.name, "dtype": case.dtype, "engine": answer.get("version")}
     if "error" in answer:
         return row | {"error": answer["error"]}
-    reference = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(folder / "plain", dtype=torch.float32).eval()
     return row | compare(reference, prompts, answer["tokens"])
 
 
@@ -198,10 +196,13 @@ def main() -> None:
     rows = []
     for model in chosen.models or [bundled]:
         prompts = prompts_of(model, chosen.data or bundled / "heldout.txt")
-        for case in [case for case in CASES if not chosen.only or case.name in chosen.only]:
-            scratch = chosen.scratch / model.name
-            scratch.mkdir(parents=True, exist_ok=True)
-            rows.append(measure(model, case, prompts, scratch))
+        cases = [case for case in CASES if not chosen.only or case.name in chosen.only]
+        folders = [chosen.scratch / model.name / case.name.replace(" ", "-").replace(",", "") for case in cases]
+        for case, folder in zip(cases, folders, strict=True):
+            folder.mkdir(parents=True, exist_ok=True)
+            build(model, case, folder)
+        for case, folder in zip(cases, folders, strict=True):
+            rows.append(measure(model, case, prompts, folder))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
             if chosen.json:
                 with chosen.json.open("a", encoding="utf-8") as stream:

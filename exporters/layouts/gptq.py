@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BITS = (2, 3, 4, 8)
+_VLLM_BITS = (4, 8)
+_VLLM_GROUPS = (32, 64, 128, "channel")
 
 
 class GptqV2(Layout):
@@ -106,8 +108,14 @@ class GptqV2(Layout):
         return made
 
     def notes(self, model: ExportableModel) -> list[str]:
-        """Say what opened the artifact, and what readers do with the scales."""
-        return common.notes(self.name, model)
+        """Say what opened the artifact, and which engines do not read it."""
+        grid = common.only_grid(self.name, model)
+        made = common.notes(self.name, model)
+        if not (grid.symmetric and grid.bits in _VLLM_BITS and grid.group_size in _VLLM_GROUPS):
+            made.append(f"vLLM reads gptq with 4 or 8 bits, symmetric, groups of 32, 64, 128 or whole rows, not {grid}")
+        if self.less == 0:
+            made.append("ONNX Runtime GenAI's builder takes gptq_v2 for gptq and reads it wrongly")
+        return made
 
 
 class Gptq(GptqV2):

@@ -48,7 +48,7 @@ class InputRange:
 
 
 def smoothing_factors(largest: Tensor, weights: Sequence[Tensor], channels: Tensor, alpha: float) -> Tensor:
-    """Return max|w|^(1 - alpha) / max|x|^alpha turned over: what columns are multiplied by, (groups,).
+    """Return max|x|^alpha / max|w|^(1 - alpha), by which inputs are divided and columns multiplied, (groups,).
 
     Only ratios of factors matter, so their geometric mean is made 1. A channel whose inputs or weights are all zero
     takes 1.
@@ -72,7 +72,7 @@ def smoothing_factors(largest: Tensor, weights: Sequence[Tensor], channels: Tens
 
 def _largest_of(values: Tensor, channels: Tensor) -> Tensor:
     groups = torch.zeros(int(channels.max()) + 1)
-    return groups.index_reduce_(0, channels, values, "amax")
+    return groups.scatter_reduce_(0, channels, values, "amax")
 
 
 def int8_error(

@@ -57,7 +57,7 @@ def full_for_safetensors(*arguments, **options):
 PLACES = {
     "work": ("llmopt.models.store.save_file", full_for_safetensors, "safetensors"),
     "shard": ("llmopt.exporters.shards.ShardWriter.write", full, "safetensors"),
-    "side-files": ("shutil.copyfile", full, "safetensors"),
+    "side-files": ("llmopt.models.handle.TorchModel.save_side_files", full, "safetensors"),
     "manifest": ("llmopt.pipeline.run._write", full, "safetensors"),
     "answers": ("llmopt.pipeline.run.write_fingerprint", full, "safetensors"),
     "commit": ("llmopt.pipeline.output.Staging.commit", full, "safetensors"),

@@ -10,13 +10,12 @@ import time
 import pytest
 from broken import TINY, tree
 
-BEGINNINGS = {
-    "importing": "",
-    "calibration": "note: calibration:",
-    "sweep": "gptq: 0/4",
-    "export": "writing safetensors: 0/",
-    "verifying": "verifying safetensors",
-    "tracing": "tracing to ONNX: 0/",
+MOMENTS = {
+    "importing": (None, signal.SIGINT, 130, "interrupted"),
+    "sweep": ("gptq: 0/4", signal.SIGINT, 130, "interrupted"),
+    "export": ("writing safetensors: 0/", signal.SIGTERM, 143, "terminated"),
+    "verifying": ("verifying safetensors", signal.SIGINT, 130, "interrupted"),
+    "tracing": ("tracing to ONNX: 0/", signal.SIGTERM, 143, "terminated"),
 }
 
 
@@ -35,29 +34,31 @@ def start(folder, *options):
     )
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
-@pytest.mark.parametrize("beginning", BEGINNINGS)
-def test_a_signal(shell, artifact, beginning, number, code, said):
-    former = beginning != "importing"
-    if former:
+def wait_for(process, beginning):
+    """Return what the process says up to the line that begins so."""
+    told = []
+    for line in process.stderr:
+        told.append(line)
+        if line.startswith(beginning):
+            break
+    return "".join(told)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal(shell, artifact, moment):
+    beginning, number, code, said = MOMENTS[moment]
+    if beginning is not None:
         shutil.copytree(artifact, "out")
     before = tree(shell.folder)
-    process = start(shell.folder, *(["--force"] if former else []))
-    told = []
-    if BEGINNINGS[beginning]:
-        for line in process.stderr:
-            told.append(line)
-            if line.startswith(BEGINNINGS[beginning]):
-                break
-    else:
+    process = start(shell.folder, *([] if beginning is None else ["--force"]))
+    told = "" if beginning is None else wait_for(process, beginning)
+    if beginning is None:
         time.sleep(1.0)
     sent = time.monotonic()
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     took = time.monotonic() - sent
-    assert process.returncode == code, "".join(told) + err
+    assert process.returncode == code, told + err
     assert err.splitlines()[-1] == said
     assert "Traceback" not in err
     assert out == ""
@@ -68,9 +69,7 @@ def test_a_signal(shell, artifact, beginning, number, code, said):
 def test_ctrl_c_twice(shell):
     """As wrappers send it, once of their own and once for the process group: the tidying is not cut short."""
     process = start(shell.folder)
-    for line in process.stderr:
-        if line.startswith("gptq: 0/4"):
-            break
+    wait_for(process, "gptq: 0/4")
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
     time.sleep(0.05)
@@ -80,15 +79,3 @@ def test_ctrl_c_twice(shell):
     assert process.returncode == 130
     assert err.splitlines()[-1] == "interrupted"
     assert tree(shell.folder) == {}
-
-
-def test_ctrl_c_as_json(shell):
-    import json
-
-    process = start(shell.folder, "--json")
-    for line in process.stderr:
-        if line.startswith("gptq: 0/4"):
-            break
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert json.loads(out) == {"error": "interrupted", "where": None, "hint": None, "exit_code": 130}

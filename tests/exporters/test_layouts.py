@@ -144,6 +144,23 @@ def test_compressed_tensors_gets_our_weight_bit_for_bit(data):
     assert got.equal(weight.dequantize())
 
 
+def test_our_reader_follows_the_groups_of_reordered_inputs(tmp_path):
+    weight = QuantizedWeight(
+        torch.randint(0, 16, (8, 16), dtype=torch.uint8),
+        torch.rand(8, 4),
+        torch.randint(0, 16, (8, 4), dtype=torch.uint8),
+        Grid(bits=4, group_size=4, symmetric=False),
+    )
+    parts = LAYOUTS.load("gptq_v2")().pack(weight)
+    parts["g_idx"] = parts["g_idx"][torch.randperm(16)].contiguous()
+    assert own_reader(parts, "gptq_v2", 4, tmp_path).equal(read_gptq(parts, 4, added=0))
+    with pytest.raises(LlmoptError, match="do not fit together"):
+        own_reader({**parts, "g_idx": parts["g_idx"] + 4}, "gptq_v2", 4, tmp_path)
+    del parts["scales"]
+    with pytest.raises(LlmoptError, match="do not fit together"):
+        own_reader(parts, "gptq_v2", 4, tmp_path)
+
+
 class TestWords:
     """Words written out by hand."""
 
@@ -205,6 +222,11 @@ FORMATS = [
     ("awq", {"bits": 4}),
     ("awq", {"bits": 4, "symmetric": False}),
 ]
+
+
+def onnx_codes(packed, bits):
+    """Unpack the bytes of MatMulNBits, the lowest bits first."""
+    return torch.stack([packed >> (bits * place) & ((1 << bits) - 1) for place in range(8 // bits)], -1).flatten(1)
 
 
 class TestArtifacts:
@@ -278,6 +300,42 @@ class TestArtifacts:
         read = AutoQuantizationConfig.from_dict(config)
         assert (read.bits, read.group_size) == (4, 32)
         assert read.format == ("gemm" if format_ == "awq" else format_)
+
+    @pytest.mark.parametrize(
+        ("format_", "params"),
+        [
+            ("gptq", {"bits": 4}),
+            ("gptq", {"bits": 8, "group_size": 16}),
+            ("gptq", {"bits": 2, "group_size": "channel"}),
+            ("awq", {"bits": 4}),
+            ("awq", {"bits": 4, "symmetric": False}),
+        ],
+        ids=str,
+    )
+    def test_the_reader_of_onnxruntime_genai_gets_our_codes(self, format_, params, family, tmp_path):
+        from onnxruntime_genai.models.loaders.awq import AWQModel
+        from onnxruntime_genai.models.loaders.gptq import GPTQModel
+
+        model, _, _ = exported(family, tmp_path, format_, **params)
+        config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+        reader = AWQModel if format_ == "awq" else GPTQModel
+        read = reader(format_, str(tmp_path / "out"), {"config": config, "use_g_idx": False}, 64, 32, 96, 2)
+        for name in model.quantized:
+            weight, part = model.quantized_weight(name), read.layers[int(name.split(".")[2])]
+            for step in name.split(".")[3:]:
+                part = getattr(part, step)
+            rows, groups = weight.scale.shape
+            assert onnx_codes(part.qweight.reshape(rows, -1), weight.bits)[:, : weight.shape[1]].equal(weight.codes)
+            assert part.scales.reshape(rows, groups).equal(weight.scale)
+            zeros = onnx_codes(part.qzeros.reshape(rows, -1), weight.bits)[:, :groups]
+            assert zeros.equal(
+                torch.full_like(zeros, 1 << weight.bits - 1) if weight.zero_point is None else weight.zero_point
+            )
+
+    def test_engines_that_do_not_read_it_are_named(self, family, tmp_path):
+        _, _, result = exported(family, tmp_path, "gptq_v2", bits=3)
+        assert any("vLLM" in note and "int3" in note for note in result.notes)
+        assert any("ONNX Runtime GenAI" in note for note in result.notes)
 
     def test_layers_on_several_grids_have_no_words(self, family, tmp_path):
         model, _, _ = exported(family, tmp_path, "plain")

@@ -7,7 +7,6 @@ from helpers import assert_near, grid, open_model
 from llmopt.core.errors import LlmoptError
 from llmopt.models.blocks import loaded
 from llmopt.models.outside import outside_on_demand
-from llmopt.models.outside import outside_on_demand
 from llmopt.models.replay import Replay
 from llmopt.models.text import batches
 from llmopt.passes.numerics.grid import round_to_nearest

@@ -7,7 +7,6 @@ from helpers import assert_near, open_model
 from llmopt.exporters.dummy_inputs import sample_inputs
 from llmopt.models.blocks import loaded
 from llmopt.models.outside import outside_on_demand
-from llmopt.models.outside import outside_on_demand
 from llmopt.models.replay import Replay
 from llmopt.models.text import batches
 
