@@ -21,7 +21,8 @@ demo: $(VENV)/.installed
 	$(RUN)llmopt demo --force
 
 test: $(VENV)/.installed-dev
-	$(RUN)python -m pytest
+	@# One thread a process, one process a core: small models gain nothing from threads.
+	OMP_NUM_THREADS=1 $(RUN)python -m pytest -n logical --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(RUN)ruff check .

@@ -14,13 +14,13 @@ from .build import DEFAULT_EXPORT, execute, exports, parse_scheme
 from .common import DryRun, Export, Force, Json, ModelArgument, Output, Quiet, SaveRecipe, Seed, Verbose, open_screen
 from .options import Options, Source, refuse_foreign, with_options
 
-METHODS = ("autoround", "gptq", "hqq", "rtn")
+METHODS = ("autoround", "awq", "gptq", "hqq", "rtn")
 _QUANTIZATION, _CALIBRATION, _MODEL = "Quantization", "Calibration", "Model"
 
 
 def _method_source(name: str) -> Source:
-    # The bits come from --scheme.
-    return Source(name, PASSES.load(name).Params, frozenset({"bits"}), _QUANTIZATION, always=False)
+    # The bits come from --scheme, and scales alone quantize nothing.
+    return Source(name, PASSES.load(name).Params, frozenset({"bits", "scales_only"}), _QUANTIZATION, always=False)
 
 
 @with_options(
@@ -45,8 +45,8 @@ def command(
         typer.Option(
             metavar="|".join(METHODS),
             help="How codes are chosen: rtn rounds each weight to the nearest, hqq fits the scales to the weights. With "
-            "--calibration: gptq makes up for the error of one weight with the next, autoround learns which way to "
-            "round from each block's output. [default: gptq with --calibration, else rtn]",
+            "--calibration: awq scales the inputs that matter most, gptq makes up for the error of one weight with the "
+            "next, autoround learns which way to round from each block's output. [default: gptq with --calibration, else rtn]",
             rich_help_panel=_QUANTIZATION,
         ),
     ] = None,

@@ -82,6 +82,8 @@ class TorchModel:
         for index, expert in enumerate(experts):
             if expert in self.store.grids:
                 tensor[index] = self._stored(expert)
+            elif f"{expert}.weight" in self.store.changed:
+                tensor[index] = self._cast(name, self.store.get_changed(f"{expert}.weight"))
         return tensor
 
     def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:

@@ -57,11 +57,14 @@ class Autoround(WeightPass[AutoroundParams]):
         if not roundings:
             return PassResult()
         expected = [block.output(index) for index in range(block.batches)]
+        # The next block normalizes each token before it reads it, so the error counts relative to the token's length: a
+        # few tokens with huge activations would outweigh all others.
+        energy = [output.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny) for output in expected]
         plain = {linear: rounding.quantized() for linear, rounding in roundings.items()}
 
         def loss(index: int) -> Tensor:
             made = block.output(index, {linear: rounding.weight() for linear, rounding in roundings.items()})
-            return (made - expected[index]).square().mean()
+            return ((made - expected[index]).square().sum(-1) / energy[index]).mean()
 
         learnt = learn(
             list(roundings.values()),

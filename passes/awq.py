@@ -14,6 +14,7 @@ from .products import NO_PRODUCER, NO_TOKEN, unreached
 from .weights import WeightParams, WeightPass
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from .numerics.gptq import Hessian
@@ -155,7 +156,7 @@ def _hessians(block: Block, products: Stage) -> dict[Product, Hessian]:
     return hessians
 
 
-def _rounded(weight: Tensor, blocks: Tensor | None, grid: Grid, dtype: object) -> QuantizedWeight:
+def _rounded(weight: Tensor, blocks: Tensor | None, grid: Grid, dtype: torch.dtype) -> QuantizedWeight:
     """Round to nearest, ranges clipped by the `blocks` of the Hessian where there are some."""
     from .numerics.awq import clip_scales
     from .numerics.grid import fit_scales, round_to

@@ -18,13 +18,13 @@ from torch import Tensor
 from ...core.quantized import Grid
 from .grid import Scales, codes_of, fit_scales, grouped, round_to, scales_of_range
 
-_ROWS = 256
+_ROWS = 128
 """Rows of each layer on which candidates are compared: two exponents are sought, and each row tells them anew."""
 _REFINED = 6
 """How many of the best candidates are compared with the whole of H."""
 _LARGEST = 100.0
 """Factors lie between this and its inverse."""
-_STRENGTHS = (0.0, 0.3, 0.6, 1.0)
+_STRENGTHS = (0.0, 0.5, 1.0)
 """Shares of 1 - ratio that the weights' sizes are taken to the power of."""
 _SHRINK_STEPS = 20
 _SEARCH_STEPS = 8

@@ -1,5 +1,7 @@
 """Norm weights folded into the layers that follow: every norm multiplies by one, the function stays."""
 
+import shutil
+
 import pytest
 import torch
 from families import FAMILIES, random_rows
@@ -7,8 +9,10 @@ from helpers import assert_near, build, open_model, recipe
 from llmopt.core.passes import PassContext
 from llmopt.models.text import batches
 from llmopt.passes.fold_norms import FoldNorms, FoldNormsParams
+from llmopt.passes.numerics.grid import round_to_nearest
 from llmopt.passes.rtn import Rtn, RtnParams
 from llmopt.pipeline.sweep import run_sweep
+from safetensors.torch import load_file, save_file
 
 DECODERS = [name for name, family in FAMILIES.items() if family.is_decoder and family.text]
 MIXTURES = ("mixtral", "qwen3_moe")
@@ -57,7 +61,10 @@ def test_a_whole_run(family, text, tmp_path):
     assert manifest.exports[0].verification.passed
     before, after = (open_model(path, tmp_path / path.name) for path in (family("gpt2"), tmp_path / "artifact"))
     assert_near(outputs(after), outputs(before), factor=5)
-    bias, weight = before.checkpoint.read("transformer.h.0.ln_1.bias"), before.checkpoint.read("transformer.h.0.ln_1.weight")
+    bias, weight = (
+        before.checkpoint.read("transformer.h.0.ln_1.bias"),
+        before.checkpoint.read("transformer.h.0.ln_1.weight"),
+    )
     assert_near(after.checkpoint.read("transformer.h.0.ln_1.bias"), bias / weight)
 
 
@@ -69,9 +76,7 @@ def test_layers_without_a_norm_of_their_own_say_so(family, tmp_path):
 
 
 def test_a_norm_with_a_zero_keeps_it(family, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    source = family("llama", rms_norm_eps=1e-5)
+    source = shutil.copytree(family("llama"), tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     name = "model.layers.0.input_layernorm.weight"
     tensors[name][5] = 0.0
@@ -88,10 +93,6 @@ def test_rounding_sees_the_folded_weights(family, tmp_path):
     model, _ = folded(family("llama"), tmp_path, Rtn(RtnParams(group_size=32)))
     layer = "model.layers.0.self_attn.q_proj"
     norm = model.checkpoint.read("model.layers.0.input_layernorm.weight")
-    from llmopt.passes.numerics.grid import round_to_nearest
-
-    expected = round_to_nearest(
-        model.checkpoint.read(f"{layer}.weight") * norm, model.quantized[layer], torch.float32
-    )
+    expected = round_to_nearest(model.checkpoint.read(f"{layer}.weight") * norm, model.quantized[layer], torch.float32)
     assert float((model.quantized_weight(layer).codes != expected.codes).float().mean()) < 1e-3
     assert bool((model.read("model.layers.0.input_layernorm.weight") == 1).all())

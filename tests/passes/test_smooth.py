@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, random_rows
+from families import FAMILIES, Family, random_rows, save_family
 from helpers import assert_near, build, open_model, recipe
 from llmopt.core.errors import UsageError
 from llmopt.core.params import convert
@@ -21,8 +21,7 @@ UNBALANCED = {
     "gpt2": ("mlp.c_proj",),
     "gpt_neox": ("attention.dense", "dense_4h_to_h"),
     "mixtral": (".w1", ".w3"),
-    "qwen3_moe": ("experts.0.gate_proj", "experts.1.gate_proj", "experts.2.gate_proj", "experts.3.gate_proj")
-    + ("experts.0.up_proj", "experts.1.up_proj", "experts.2.up_proj", "experts.3.up_proj"),
+    "qwen3_moe": tuple(f"experts.{index}.{end}" for index in range(4) for end in ("gate_proj", "up_proj")),
 }
 """The layers whose input nothing takes up a scale for."""
 
@@ -144,7 +143,9 @@ def test_a_model_with_outlier_channels(alpha, family, tmp_path):
     folder = save_with_outliers(source, tmp_path / "outliers", every=16)
     plain = open_model(folder, tmp_path / "plain")
     assert_near(outputs(plain), outputs(open_model(source, tmp_path / "source")), factor=5)
-    model, (result,) = swept(folder, tmp_path / "smooth", Smooth(SmoothParams(alpha=alpha, activations="tensor")), rows=rows)
+    model, (result,) = swept(
+        folder, tmp_path / "smooth", Smooth(SmoothParams(alpha=alpha, activations="tensor")), rows=rows
+    )
     assert result.metrics["smoothed_products_count"] >= 4
     assert_near(outputs(model), outputs(plain), factor=5)
     before, after = errors(plain, rows), errors(model, rows)
@@ -205,3 +206,20 @@ def test_nothing_moves_scales_after_rounding(name, family, text, tmp_path):
         make_plan(made)
     assert caught.value.what == f"`{name}` cannot come after `rtn`"
     assert caught.value.hint == f"put `{name}` first"
+
+
+def test_experts_that_the_checkpoint_stores_in_one_tensor(family, monkeypatch, tmp_path):
+    stacked = Family(
+        "GraniteMoE",
+        "GraniteMoeForCausalLM",
+        FAMILIES["mixtral"].config | {"model_type": "granitemoe", "num_local_experts": 4},
+    )
+    monkeypatch.setitem(FAMILIES, "granitemoe", stacked)
+    source = save_family("granitemoe", tmp_path / "source")
+    model, (result,) = swept(source, tmp_path / "a", Smooth(SmoothParams()))
+    experts = [name for name in result.changed if ".output_linear." in name]
+    assert len(experts) == 2 * 4
+    for name in ("input_linear", "output_linear"):
+        tensor = f"model.layers.0.block_sparse_moe.{name}.weight"
+        assert not model.read(tensor).equal(model.checkpoint.read(tensor)), tensor
+    assert_near(outputs(model), outputs(open_model(source, tmp_path / "b")), factor=5)
