@@ -4,7 +4,7 @@
 
 Makes a random bfloat16 Llama of 1.1 billion parameters (hidden 2048, 22 layers, MLP 5632, 32 heads, 4 key/value heads,
 vocabulary 32000; 2.2 GB on disk) and runs `llmopt quantize` on it in a process of its own, w4 group 128, 8 windows of
-256 tokens for GPTQ. Peak memory is the process's largest resident set (`ru_maxrss`), interpreter and libraries included.
+256 tokens for GPTQ. Peak memory is the process's largest resident set (`ru_maxrss`), the interpreter's share included.
 `--curve` repeats it with 4, 8 and 16 layers: memory should not follow the number of layers, time should.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -65,15 +66,21 @@ _BY_ENDING = (
     ("_share", share),
     ("agreement", share),
     ("_ms", lambda value: f"{number(value)} ms"),
+    ("_nats", lambda value: f"{number(value)} nats"),
     ("per_second", lambda value: f"{number(value)}/s"),
 )
+_SPELT = {"kl": "KL", "top1": "top-1", "gpus": "GPUs", "stderr": "standard error"}
+_RATE = re.compile(r"(?:(?P<of>\w+)_)?(?P<unit>tokens|sequences)_per_second")
 
 
 def labelled(name: str, value: Any) -> tuple[str, str]:
     """Return a label and a text for one entry of a report; the unit is the end of its name."""
-    label = name.replace("_", " ").removesuffix(" bytes").removesuffix(" seconds").removesuffix(" ms")
-    label = label.removesuffix(" per second").removesuffix(" share")
-    return label, plain(name, value)
+    if rate := _RATE.fullmatch(name):
+        return rate["of"] or "speed", plain(name, value)
+    label = name.replace("_", " ")
+    for unit in ("bytes", "seconds", "ms", "nats", "share"):
+        label = label.removesuffix(f" {unit}")
+    return " ".join(_SPELT.get(word, word) for word in label.split(" ")), plain(name, value)
 
 
 def plain(name: str, value: Any) -> str:
@@ -83,6 +90,8 @@ def plain(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (int, float)):
+        if rate := _RATE.fullmatch(name):
+            return f"{number(value)} {rate['unit']}/s"
         for ending, write in _BY_ENDING:
             if name.endswith(ending):
                 return write(value)

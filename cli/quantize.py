@@ -114,5 +114,7 @@ def _choose(method: str | None, *, calibrated: bool) -> str:
     if method not in METHODS:
         raise UsageError(f"unknown method `{method}`", hint=f"known: {', '.join(METHODS)}")
     if Need.CALIBRATION in PASSES.load(method).needs and not calibrated:
-        raise UsageError(f"--method {method} needs calibration data", hint="name it with --calibration SPEC, or use rtn")
+        raise UsageError(
+            f"--method {method} needs calibration data", hint="name it with --calibration SPEC, or use rtn"
+        )
     return method

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..core.manifest import ExportRecord, Manifest, PassRecord
     from ..core.plan import Plan
 
+_HEADINGS = {"source": "Against its source", "ratio_of_first_to_second": "Ratio, first to second"}
 _LOAD = {
     "safetensors": 'transformers.AutoModel.from_pretrained("{path}")',
     "onnx": 'onnxruntime.InferenceSession("{path}/model.onnx")',
@@ -143,7 +144,7 @@ def report_sections(report: Mapping[str, Any], title: str = "") -> list[Section]
     single = [labelled(name, value) for name, value in report.items() if not _is_nested(value)]
     sections: list[Section] = [Pairs(title, single)] if single else []
     for name, value in report.items():
-        heading = name.replace("_", " ").capitalize()
+        heading = _HEADINGS.get(name, name.replace("_", " ").capitalize())
         if not _is_nested(value):
             continue
         if isinstance(value, Mapping):

@@ -141,7 +141,7 @@ class Block(Protocol):
         """Run the calibration samples as far as `stage`, with all that was quantized so far.
 
         Args:
-            stage: one of `stages()`.
+            stage: one of `stages()`, or products of several.
             receive: called for each sample and product with its input, (tokens, in_features) float32; padding never
                 appears in it.
 

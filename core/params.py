@@ -6,6 +6,7 @@ command-line options, the recipe's JSON Schema and docs/passes.md are generated 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
@@ -96,6 +97,18 @@ def _allowed(error: msgspec.ValidationError, kind: Any) -> str:
     if "description" in schema:
         return f"{field}: {schema['description']}"
     return f"write a mapping with {', '.join(fields)}"
+
+
+def in_words(params: Mapping[str, Any]) -> str:
+    """Return parameters in a line, `bits 4, symmetric true`; those that are empty are left out."""
+    named = {name: value for name, value in params.items() if value not in (None, (), [])}
+    return ", ".join(f"{name} {_value(value)}" for name, value in named.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def describe(error: msgspec.ValidationError) -> str:

@@ -63,9 +63,7 @@ class Awq(WeightPass[AwqParams]):
     def run_block(self, block: Block, linears: Iterable[Linear], context: PassContext) -> PassResult:
         """Scale all inputs, then quantize `linears` stage by stage."""
         wanted = set(linears)
-        result = PassResult()
-        for stage in block.stages():
-            result.absorb(self._scale_stage(block, stage, wanted, context))
+        result = self._scale(block, wanted, context)
         if not self.params.scales_only:
             result = PassResult(metrics=result.metrics)
             for stage in block.stages():
@@ -73,8 +71,9 @@ class Awq(WeightPass[AwqParams]):
         result.skipped += unreached(block, wanted)
         return result
 
-    def _scale_stage(self, block: Block, stage: Stage, wanted: set[Linear], context: PassContext) -> PassResult:
-        chosen = [product for product in stage if wanted.intersection(product.linears)]
+    def _scale(self, block: Block, wanted: set[Linear], context: PassContext) -> PassResult:
+        """Scale the inputs of all products; as this leaves every other input as it was, one look at them is enough."""
+        chosen = [one for stage in block.stages() for one in stage if wanted.intersection(one.linears)]
         hessians = _hessians(block, tuple(one for one in chosen if block.channels(one) is not None))
         result = PassResult()
         for product in chosen:

@@ -63,16 +63,16 @@ class Smooth(BlockPass[SmoothParams]):
         from .numerics.smooth import InputRange
 
         wanted = set(linears)
+        chosen = [one for stage in block.stages() for one in stage if wanted.intersection(one.linears)]
+        movable = tuple(product for product in chosen if block.channels(product) is not None)
+        rows = _ROWS_PER_BATCH if self.params.alpha == "search" else 0
+        ranges = {product: InputRange(product.in_features, rows) for product in movable}
+        if movable:
+            # Smoothing one input leaves all others as they were, so one look at the samples is enough.
+            block.collect(movable, lambda product, seen: ranges[product].add(seen))
         result = PassResult()
-        for stage in block.stages():
-            chosen = tuple(product for product in stage if wanted.intersection(product.linears))
-            movable = tuple(product for product in chosen if block.channels(product) is not None)
-            rows = _ROWS_PER_BATCH if self.params.alpha == "search" else 0
-            ranges = {product: InputRange(product.in_features, rows) for product in movable}
-            if movable:
-                block.collect(movable, lambda product, seen, ranges=ranges: ranges[product].add(seen))
-            for product in chosen:
-                result.absorb(self._smooth(block, product, ranges.get(product)))
+        for product in chosen:
+            result.absorb(self._smooth(block, product, ranges.get(product)))
         result.skipped += unreached(block, wanted)
         return result
 

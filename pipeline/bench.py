@@ -68,9 +68,9 @@ def bench(
     finally:
         for worker in workers:
             worker.close()
-    machine = {"processor": processor(), "cores": os.cpu_count() or 1, "threads": threads or os.cpu_count() or 1}
+    machine = {"processor": processor(), "cores": os.cpu_count() or 1}
+    options["threads"] = threads or os.cpu_count() or 1
     made: dict[str, Any] = {"repeats": repeats, **options, "machine": machine, "measured": reports}
-    made["threads"] = machine["threads"]
     if len(reports) == 2:
         made["ratio_of_first_to_second"] = _ratios(reports, rounds[1:])
     return made

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.errors import UsageError
 from ..core.manifest import Manifest
+from ..core.params import in_words
 from ..core.recipe import ModelSpec
 from ..models.checkpoint import Checkpoint
 from ..models.locate import Location, locate, looks_like_hub_id, read_config
@@ -75,12 +76,12 @@ def _artifact(path: str, manifest: Manifest) -> dict[str, Any]:
         "llmopt": manifest.llmopt,
         "source": str(manifest.source["id"]),
         "architecture": str(manifest.source["architecture"]),
-        "source_bytes": manifest.source["bytes"],
+        "source_size_bytes": manifest.source["bytes"],
         "seed": manifest.seed,
         "passes": [
             {
                 "pass": record.name,
-                "parameters": ", ".join(f"{name}={value}" for name, value in record.params.items() if value != []),
+                "parameters": in_words(record.params),
                 "changed": len(record.changed),
                 "skipped": len(record.skipped),
                 "notes": len(record.notes),

@@ -129,7 +129,7 @@ def tolerance_of(exporter: Exporter[Any], model: TorchModel) -> Tolerance:
     params = exporter.params
     if model.quantized and getattr(params, "activations", None) == "int8":
         return Tolerance(mean_kl=_INT8_ACTIVATIONS_KL)
-    if getattr(params, "precision", "float32") == "float16":
+    if getattr(params, "dtype", "float32") == "float16":
         return Tolerance(max_difference=_HALF, mean_kl=_INT8_ACTIVATIONS_KL)
     if model.quantized and model.facts.dtype != "float32":
         return Tolerance(max_difference=_HALF, mean_kl=_EXACT)

@@ -9,6 +9,7 @@ import msgspec
 
 from ..core.errors import UsageError
 from ..core.facts import ModelFacts
+from ..core.params import in_words
 from ..core.passes import BlockPass, Need
 from ..core.plan import Plan, PlanStep
 from ..core.recipe import Recipe
@@ -100,7 +101,9 @@ def _steps(passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: M
         title = " + ".join(one.name for one in group)
         steps.append(PlanStep(kind=kind, title=title, detail=covers + "; ".join(_in_words(one) for one in group)))
     for exporter in exporters:
-        steps.append(PlanStep(kind="export", title=exporter.name, detail=_params_in_words(exporter.params)))
+        steps.append(
+            PlanStep(kind="export", title=exporter.name, detail=in_words(msgspec.to_builtins(exporter.params)))
+        )
         steps.append(PlanStep(kind="verify", title=exporter.name, detail=f"opened again in {exporter.opened_in()}"))
     return steps
 
@@ -108,15 +111,9 @@ def _steps(passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: M
 def _in_words(one: AnyPass) -> str:
     grid = one.grid()
     if grid is None:
-        return _params_in_words(one.params)
+        return in_words(msgspec.to_builtins(one.params))
     overrides = len(getattr(one.params, "overrides", ()))
     return f"{grid}, {overrides} override{'s' * (overrides > 1)}" if overrides else str(grid)
-
-
-def _params_in_words(params: Any) -> str:
-    return ", ".join(
-        f"{key} {value}" for key, value in msgspec.to_builtins(params).items() if value not in (None, (), [])
-    )
 
 
 def _skips(passes: Sequence[AnyPass], facts: ModelFacts) -> list[tuple[str, str]]:
@@ -135,7 +132,7 @@ def _skips(passes: Sequence[AnyPass], facts: ModelFacts) -> list[tuple[str, str]
 def _size(exporter: AnyExporter, passes: Sequence[AnyPass], facts: ModelFacts) -> int:
     """Estimate an artifact's bytes: packed codes and scales, and everything else in its dtype."""
     onnx = exporter.runtime != "transformers"
-    width = 4 if onnx and getattr(exporter.params, "precision", "float32") == "float32" else _WIDTHS[facts.dtype]
+    width = 4 if onnx and getattr(exporter.params, "dtype", "float32") == "float32" else _WIDTHS[facts.dtype]
     linears = quantized_layers(passes, facts)
     if not linears or getattr(exporter.params, "format", "auto") == "plain":
         return facts.parameters * width
