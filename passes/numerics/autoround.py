@@ -4,6 +4,11 @@ Cheng, Zhang, Shen, Cai, He and Lv (2024), "Optimize Weight Rounding via Signed 
 of LLMs". A weight's code is round(w / scale + v), v between -1/2 and 1/2, and the group's range is its extremes times
 two shares; v and the shares follow the sign of the gradient of a block's output error, which passes straight through
 rounding, with a step that falls linearly to zero.
+
+Two things are not as in the paper. The sign is that of a running mean of gradients: where a minibatch hardly knows a
+weight its sign is a coin, and such weights would wander off. And a share's step is so small that the outermost weight
+of its group moves as far as an offset does, in steps of the grid: with one step for both, at 4 bits the shares make
+more noise than the offsets can mend.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from .grid import Scales, fit_scales, grouped
 
 _LEAST_SHARE = 0.5
 _MOST_SHARE = 1.0
+_MOMENTUM = 0.9
 
 
 class Rounding:
@@ -49,6 +55,7 @@ class Rounding:
         self.parameters = [torch.zeros_like(self._groups), share, share.clone()]
         for parameter in self.parameters:
             parameter.requires_grad_()
+        self._means = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.moved = False
 
     def weight(self) -> Tensor:
@@ -64,13 +71,19 @@ class Rounding:
         return Scales(scale.to(self._dtype), zero.squeeze(-1), self._grid).weight(codes.reshape(self._shape))
 
     def step(self, rate: float) -> None:
-        """Move every parameter by `rate` against the sign of its gradient, within its limits; forget the gradients."""
-        limits = ((-0.5, 0.5), (_LEAST_SHARE, _MOST_SHARE), (_LEAST_SHARE, _MOST_SHARE))
+        """Move every parameter against the sign of its mean gradient, within its limits; forget the gradient.
+
+        Args:
+            rate: how far, in steps of the grid.
+        """
+        shares = (_LEAST_SHARE, _MOST_SHARE, 2 * rate / (self._grid.levels - 1))
+        limits = ((-0.5, 0.5, rate), shares, shares)
         with torch.no_grad():
-            for parameter, (low, high) in zip(self.parameters, limits, strict=True):
+            for parameter, mean, (low, high, step) in zip(self.parameters, self._means, limits, strict=True):
                 if parameter.grad is not None:
                     self.moved = self.moved or bool(parameter.grad.any())
-                    parameter.sub_(parameter.grad.sign_(), alpha=rate).clamp_(low, high)
+                    mean.mul_(_MOMENTUM).add_(parameter.grad)
+                    parameter.sub_(mean.sign(), alpha=step).clamp_(low, high)
                     parameter.grad = None
 
     def _round(self) -> tuple[Tensor, Tensor, Tensor]:

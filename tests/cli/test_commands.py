@@ -40,7 +40,7 @@ def test_quantize_tells_the_model_options_on(llmopt, pipeline):
     [
         ("--scheme w4a8", "unknown scheme `w4a8`"),
         ("--scheme w9a16", "unknown scheme `w9a16`"),
-        ("--method awq", "unknown method `awq`"),
+        ("--method awk", "unknown method `awk`"),
         ("--method gptq", "--method gptq needs calibration data"),
         ("--samples 3", "--samples needs calibration data"),
         ("--damping 0.1", "--damping does not apply to --method rtn"),
