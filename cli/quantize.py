@@ -44,10 +44,10 @@ def command(
         str | None,
         typer.Option(
             metavar="|".join(METHODS),
-            help="How codes are chosen: rtn rounds each weight to the nearest, hqq fits the scales to the weights. "
-            "With --calibration: awq scales the inputs that matter most, gptq makes up for the error of one weight with the "
-            "next, autoround learns from each block's output which way to round. [default: gptq with --calibration, "
-            "else rtn]",
+            help="How codes are chosen: rtn rounds each weight to the nearest, hqq fits the scales to them. With "
+            "--calibration, awq scales the inputs that matter most, gptq makes up for the error of one weight with "
+            "the next, autoround learns from each block's output which way to round. [default: gptq with "
+            "--calibration, else rtn]",
             rich_help_panel=_QUANTIZATION,
         ),
     ] = None,

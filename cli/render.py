@@ -141,18 +141,39 @@ def _draw_rich(sections: list[Section]) -> None:
             for line in section.lines:
                 # Code is printed as it is, so that it can be copied from the terminal in one piece.
                 console.print(" " * indent[3] + line if section.code else Padding(Text(line), indent), markup=False)
+        elif isinstance(section, Pairs):
+            console.print(Padding(_rich_table(section, []), indent))
+        elif (widths := column_widths([section.header, *section.rows], console.width - indent[3])) is not None:
+            console.print(Padding(_rich_table(section, widths), indent))
         else:
-            console.print(Padding(_rich_table(section), indent))
+            for row in section.rows:  # too narrow for columns: one row below the other
+                console.print(Padding(Text(row[0]), indent))
+                pairs = Pairs("", list(zip(section.header[1:], row[1:], strict=True)))
+                console.print(Padding(_rich_table(pairs, []), (0, 0, 0, indent[3] + 2)))
 
 
-def _rich_table(section: Table | Pairs) -> Any:
+def column_widths(rows: Sequence[Sequence[str]], room: int) -> list[int] | None:
+    """Return widths of columns, two apart, that fit into `room` without breaking a word; None if there are none."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(len(word) for cell in column for word in [*cell.split(), ""]) for column in columns]
+    for _ in range(sum(widths) + 2 * (len(widths) - 1) - room):
+        at = max(range(len(widths)), key=lambda index: widths[index] * (widths[index] > least[index]))
+        if widths[at] == least[at]:
+            return None
+        widths[at] -= 1
+    return widths
+
+
+def _rich_table(section: Table | Pairs, widths: list[int]) -> Any:
     from rich.table import Table as RichTable
     from rich.text import Text
 
     table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=isinstance(section, Table))
     if isinstance(section, Table):
         for index, name in enumerate(section.header):
-            table.add_column(name.upper(), justify="right" if index in section.right else "left", overflow="fold")
+            justify = "right" if index in section.right else "left"
+            table.add_column(name.upper(), justify=justify, overflow="fold", width=widths[index])
         rows: Sequence[Sequence[str]] = section.rows
     else:
         table.add_column(no_wrap=True)

@@ -57,13 +57,10 @@ def manifest_sections(manifest: Manifest, directory: Path, *, source_bytes: int)
     sections: list[Section] = []
     if manifest.passes:
         sections.append(_passes(manifest.passes))
-    remarks = [f"{record.name}: {note}" for record in manifest.passes for note in record.notes]
-    remarks += [
-        f"{record.name}: left {line}" for record in manifest.passes for line in _skips(record.skipped) if record.skipped
-    ]
-    remarks += [f"{record.name}: {note}" for record in manifest.exports for note in record.notes]
-    if remarks:
-        sections.append(Lines("Notes", remarks))
+    # Notes were said while the work went on.
+    left = [f"{record.name}: {line}" for record in manifest.passes for line in _skips(record.skipped)]
+    if left:
+        sections.append(Lines("Left out", left))
     sections += export_sections(manifest.exports, directory, source_bytes=source_bytes)
     calls = [_load(record, directory, manifest) for record in manifest.exports]
     return [*sections, Lines("To load it", [call for call in calls if call], code=True)]

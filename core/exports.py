@@ -13,7 +13,7 @@ from .progress import Reporter, Silent
 from .quantized import Grid
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor
 
@@ -90,6 +90,16 @@ class Exporter(Generic[P]):
         Args:
             facts: the model's outline; of the linear layers those that the passes quantize, if they quantize any.
             grid: the grid the passes put weights on, None for a floating-point model.
+
+        Raises:
+            UsageError: with the nearest that can.
+        """
+
+    def check_grids(self, grids: Collection[Grid]) -> None:
+        """Refuse weights on several grids, where the format has no words for that.
+
+        Args:
+            grids: every grid that a layer is put on, or may be.
 
         Raises:
             UsageError: with the nearest that can.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,7 +15,7 @@ from ..core.facts import ModelFacts
 from ..core.params import Params
 from ..core.quantized import Grid, QuantizedWeight
 from .layouts import LAYOUTS
-from .layouts.layout import Layout
+from .layouts.layout import Layout, grids_refusal
 from .shards import ShardWriter, TensorSpec
 
 if TYPE_CHECKING:
@@ -66,6 +66,12 @@ class Safetensors(Exporter[SafetensorsParams]):
                 where=f"export `safetensors`, format {self.params.format}",
                 hint="add a pass such as rtn or gptq, or use format plain",
             )
+
+    def check_grids(self, grids: Collection[Grid]) -> None:
+        """Refuse several grids in a layout that has words for one."""
+        layout = self._layout(next(iter(grids), None))
+        if layout is not None and len(grids) > 1 and not layout.several_grids:
+            raise grids_refusal(layout.name, grids)
 
     def export(self, model: ExportableModel, directory: Path, context: ExportContext) -> ExportResult:
         """Write shards, index, config.json and tokenizer files."""

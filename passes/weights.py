@@ -107,7 +107,7 @@ class WeightPass(BlockPass[W]):
             if override is not None and override.group_size is not None:
                 raise UsageError(
                     f"cannot group `{linear.name}`",
-                    where=f"{self._where()}, override `{override.pattern}`: its {linear.in_features} input features are "
+                    where=f"{self._where()}, override `{override.pattern}`: its {linear.in_features} inputs are "
                     f"not a multiple of group size {grid.group_size}",
                     hint=f"give the override a group_size that divides {linear.in_features}, or `channel`",
                 )

@@ -40,6 +40,7 @@ def check_exports(exporters: Sequence[AnyExporter], passes: Sequence[AnyPass], f
     for exporter in exporters:
         if not by_grid:
             exporter.check(facts, None)
+        exporter.check_grids(by_grid)
         for grid, linears in by_grid.items():
             try:
                 exporter.check(msgspec.structs.replace(facts, linears=tuple(linears)), grid)

@@ -35,6 +35,7 @@ class Awq(Layout):
 
     name = "awq"
     runtime = common.RUNTIME
+    several_grids = False
 
     def refusal(self, facts: ModelFacts, grid: Grid) -> UsageError | None:
         """Refuse bits, groups, dtypes and shapes that the format or its readers have not."""

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ...core.errors import LlmoptError, UsageError
+from ...core.errors import UsageError
 from ...core.exports import ExportableModel
 from ...core.facts import ModelFacts
 from ...core.quantized import Grid, QuantizedWeight
-from .layout import conv1d_refusal
+from .layout import conv1d_refusal, grids_refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,16 +78,12 @@ def only_grid(name: str, model: ExportableModel) -> Grid:
     """Return the grid that all layers share.
 
     Raises:
-        LlmoptError: there are several, for which the format's readers have no words.
+        UsageError: there are several, and a checkpoint's config.json has but one place for bits and group size.
     """
-    grids = sorted(set(model.quantized.values()), key=str)
-    if len(grids) == 1:
-        return grids[0]
-    raise LlmoptError(
-        f"{name} cannot hold weights on several grids",
-        where="; ".join(map(str, grids)),
-        hint="use format compressed-tensors",
-    )
+    grids = set(model.quantized.values())
+    if len(grids) != 1:
+        raise grids_refusal(name, grids)
+    return grids.pop()
 
 
 def group_size(grid: Grid) -> int:

@@ -38,6 +38,7 @@ class GptqV2(Layout):
 
     name = "gptq_v2"
     runtime = common.RUNTIME
+    several_grids = False
     less: ClassVar[int] = 0
     """What is subtracted from a zero point where it is stored."""
 

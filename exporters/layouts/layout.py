@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...core.errors import UsageError
@@ -27,6 +27,8 @@ class Layout:
     name: ClassVar[str]
     runtime: ClassVar[str] = "transformers"
     """The entry of runtimes/ that opens such a checkpoint."""
+    several_grids: ClassVar[bool] = True
+    """Whether layers of one checkpoint may lie on different grids."""
 
     def refusal(self, facts: ModelFacts, grid: Grid) -> UsageError | None:
         """Return why the layout or its readers cannot hold a model on this grid, with the nearest that can.
@@ -76,6 +78,15 @@ def conv1d_refusal(name: str, facts: ModelFacts) -> UsageError | None:
         f"{name} cannot hold {facts.architecture}",
         where="its layers are Conv1D, with weights stored (in, out); readers take Linear layers only",
         hint=f"use {PLAIN} or --export onnx",
+    )
+
+
+def grids_refusal(name: str, grids: Collection[Grid]) -> UsageError:
+    """Return why weights on several grids are refused by a layout that has words for one."""
+    return UsageError(
+        f"{name} cannot hold weights on several grids",
+        where="; ".join(sorted(map(str, grids))),
+        hint="use format compressed-tensors",
     )
 
 

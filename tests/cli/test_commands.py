@@ -122,7 +122,7 @@ def test_the_summary_says_what_was_made(llmopt, pipeline):
         "equal",
         "3.14e-06",
         "99.95 %",
-        "gptq: " if "gptq" in out else "rtn: left lm_head: not in a repeated block",
+        "gptq: " if "gptq" in out else "rtn: lm_head: not in a repeated block",
         'AutoModelForCausalLM.from_pretrained("out/safetensors")',
         'InferenceSession("out/onnx/model.onnx")',
     ):

@@ -390,6 +390,22 @@ class TestRefusals:
     def test_nothing_to_pack(self, format_, family):
         assert "nothing to pack" in self.refused(family, format_, None).what
 
+    @pytest.mark.parametrize("format_", ["gptq", "gptq_v2", "awq"])
+    def test_several_grids(self, format_, family):
+        exporter = Safetensors(SafetensorsParams(format=format_))
+        exporter.check_grids([grid(4, 32)])
+        with pytest.raises(UsageError, match="several grids") as caught:
+            exporter.check_grids([grid(4, 32), grid(4, 64)])
+        assert "compressed-tensors" in caught.value.hint
+        Safetensors(SafetensorsParams()).check_grids([grid(4, 32), grid(3, 64)])
+
+    def test_overrides_that_make_several_grids(self, family):
+        params = {"group_size": 32, "overrides": ({"pattern": "*.down_proj", "group_size": "channel"},)}
+        with pytest.raises(UsageError, match="several grids"):
+            make_plan(
+                recipe(family("llama", dtype="float16"), ("rtn", params), export=("safetensors", {"format": "gptq"}))
+            )
+
     def test_an_ignored_layer_is_no_reason(self, family):
         folder = family("llama", dtype="float16", intermediate_size=72)
         export = ("safetensors", {"format": "gptq"})

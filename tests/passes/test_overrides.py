@@ -57,7 +57,7 @@ def test_layers_are_left_alone_by_either_way():
         ({"pattern": "*.down_proj"}, "the override `*.down_proj` changes nothing", "say what is different there"),
         (
             {"pattern": "*.layers.1.*", "group_size": 48},
-            "cannot group `model.layers.1.self_attn.q_proj`",
+            "cannot group `model.layers.1.mlp.gate_proj`",
             "give the override a group_size that divides 64, or `channel`",
         ),
     ],
@@ -78,7 +78,7 @@ def test_every_weight_pass_heeds_overrides_and_allocated_bits(name, family, tmp_
     few = {"iterations": 2} if name == "autoround" else {}
     one = make(
         name,
-        {"pattern": "*.down_proj", "bits": 8, "group_size": 64, "symmetric": False},
+        {"pattern": "*.down_proj", "bits": 8, "group_size": 16, "symmetric": False},
         {"pattern": "*.0.*.k_proj", "ignore": True},
         **few,
     )
@@ -86,7 +86,7 @@ def test_every_weight_pass_heeds_overrides_and_allocated_bits(name, family, tmp_
     (result,) = run_sweep(model, [one], random_rows(4, 24), PassContext(allocation=allocation))
     for layer, grid in model.quantized.items():
         if layer.endswith("down_proj"):
-            assert grid == Grid(bits=8, group_size=64, symmetric=False)
+            assert grid == Grid(bits=8, group_size=16, symmetric=False)
         else:
             assert grid == Grid(bits=3 if layer.endswith("up_proj") else 4, group_size=32, symmetric=True)
         assert model.quantized_weight(layer).grid == grid
@@ -104,7 +104,7 @@ def test_mixed_bits_are_written_read_and_run(family, tmp_path):
                 "group_size": 32,
                 "overrides": [
                     {"pattern": "*.down_proj", "bits": 8},
-                    {"pattern": "*.v_proj", "bits": 3, "symmetric": False},
+                    {"pattern": "*.v_proj", "bits": 3},
                     {"pattern": "*.q_proj", "ignore": True},
                 ],
             },
@@ -122,7 +122,7 @@ def test_transformers_reads_mixed_bits(family, tmp_path):
     """The stock loader, not ours, against the dequantized weights."""
     from transformers import AutoModelForCausalLM
 
-    step = ("rtn", {"group_size": 32, "overrides": [{"pattern": "*.down_proj", "bits": 8, "group_size": 64}]})
+    step = ("rtn", {"group_size": 32, "overrides": [{"pattern": "*.down_proj", "bits": 8, "group_size": 16}]})
     build(recipe(family("llama"), step), tmp_path / "packed")
     build(recipe(family("llama"), step, export=("safetensors", {"format": "plain"})), tmp_path / "plain")
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="float32") for name in ("packed", "plain")]
