@@ -126,7 +126,10 @@ def _metavar(kind: inspect.Type) -> str:
     if isinstance(kind, (inspect.VarTupleType, inspect.ListType)):
         item = _item(kind)
         first = "" if item is None else item.__struct_encode_fields__[0].upper()
-        return f"{first}:KEY=VALUE,..." if first else _METAVAR_OF_LIST
+        if first:
+            return f"{first}:KEY=VALUE,..."
+        held = _metavar(kind.item_type)
+        return _METAVAR_OF_LIST if held == _METAVARS[inspect.StrType] else held
     if isinstance(kind, inspect.UnionType):
         return "|".join(_metavar(item) for item in kind.types if not isinstance(item, inspect.NoneType))
     return "|".join(_choices(kind)) or _METAVARS.get(type(kind), "VALUE")

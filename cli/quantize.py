@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,9 @@ from .common import DryRun, Export, Force, Json, ModelArgument, Output, Quiet, S
 from .options import Options, Source, refuse_foreign, with_options
 
 METHODS = ("autoround", "awq", "gptq", "hqq", "rtn")
+ALLOCATION = "allocate-bits"
 _QUANTIZATION, _CALIBRATION, _MODEL = "Quantization", "Calibration", "Model"
+_MIXED = "Mixed precision"
 
 
 def _method_source(name: str) -> Source:
@@ -25,6 +27,7 @@ def _method_source(name: str) -> Source:
 
 @with_options(
     *(_method_source(name) for name in METHODS),
+    Source(ALLOCATION, PASSES.load(ALLOCATION).Params, panel=_MIXED),
     Source("calibration", CalibrationSpec, frozenset({"data"}), _CALIBRATION),
     Source("model", ModelSpec, frozenset({"id"}), _MODEL),
 )
@@ -89,7 +92,10 @@ def command(
     recipe = Recipe(
         model=ModelSpec(id=model, **options["model"]),
         calibration=None if calibration is None else CalibrationSpec(data=calibration, **options["calibration"]),
-        passes=(Step(chosen, {"bits": bits, **options[chosen]}),),
+        passes=(
+            *_allocation(options[ALLOCATION], calibrated=calibration is not None),
+            Step(chosen, {"bits": bits, **options[chosen]}),
+        ),
         exports=exports(export or [DEFAULT_EXPORT]),
         seed=seed,
     )
@@ -102,6 +108,23 @@ def command(
         force=force,
         notes=() if method or calibration else (hint,),
     )
+
+
+def _allocation(given: dict[str, Any], *, calibrated: bool) -> tuple[Step, ...]:
+    """Return the pass that chooses bits under a budget, if one was asked for.
+
+    Raises:
+        UsageError: no budget, or no calibration data.
+    """
+    if not given:
+        return ()
+    if "budget" not in given:
+        raise UsageError(
+            f"--{next(iter(given)).replace('_', '-')} needs a budget", hint="name it with --budget, such as 4.5bpw"
+        )
+    if not calibrated:
+        raise UsageError("--budget needs calibration data", hint="name it with --calibration SPEC")
+    return (Step(ALLOCATION, given),)
 
 
 def _choose(method: str | None, *, calibrated: bool) -> str:

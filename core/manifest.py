@@ -17,7 +17,7 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pass did."""
+    """What a pass did; `allocation` are the bits that it chose for layers."""
 
     name: str
     params: dict[str, Any]
@@ -25,6 +25,7 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
     skipped: list[tuple[str, str]]
     metrics: dict[str, float]
     notes: list[str]
+    allocation: dict[str, int] = {}
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True):

@@ -133,6 +133,19 @@ class Block(Protocol):
         """
         ...
 
+    def divergence(self, weights: Mapping[Linear, Tensor]) -> float:
+        """Return how far the model's answers move on a calibration batch when the block computes with other weights.
+
+        The rest of the model runs as it is at present, its blocks loaded one after another.
+
+        Args:
+            weights: as in `output`.
+
+        Returns:
+            Mean KL divergence in nats a token; for a model without logits the error of its output over its square.
+        """
+        ...
+
     def stages(self) -> list[Stage]:
         """Return the block's products in the order in which the forward pass reaches them."""
         ...

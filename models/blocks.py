@@ -13,7 +13,7 @@ from ..core.errors import LlmoptError
 from ..core.model import Linear, Product, Stage
 from ..core.quantized import QuantizedWeight
 from .producers import Part, Producer, linear_candidates, norm_candidates, same
-from .replay import Replay
+from .replay import Answer, Replay, distance
 from .skeleton import BlockSite, Skeleton, View
 from .watch import Sighting, Unit, Watch, same_input
 
@@ -51,6 +51,7 @@ class LoadedBlock:
         self._order_seen: list[Stage] | None = None
         self._norms: dict[Unit, list[tuple[str, nn.Module]]] = {}
         self._producers: dict[Linear, Producer | None] = {}
+        self._answer: Answer | None = None
 
     @property
     def name(self) -> str:
@@ -133,9 +134,20 @@ class LoadedBlock:
         """Return the block's output on a calibration batch; see `core.model.Block`."""
         if weights is None:
             return self._output(batch)
-        args, kwargs = self._samples.call(self._site, batch)
-        made = torch.func.functional_call(self._site.module, self._with(weights), args, kwargs)
+        made = self._changed_output(batch, weights)
         return made if isinstance(made, Tensor) else made[0]
+
+    def divergence(self, weights: Mapping[Linear, Tensor]) -> float:
+        """Return how far the model's answers move with other weights here; see `core.model.Block`."""
+        if self._answer is None:
+            self._answer = self._samples.answer(self._site, 0, self._output(0, whole=True), self._read)
+        with torch.no_grad():
+            made = self._changed_output(0, weights)
+        return distance(self._answer, self._samples.answer(self._site, 0, made, self._read))
+
+    def _changed_output(self, batch: int, weights: Mapping[Linear, Tensor]) -> Any:
+        args, kwargs = self._samples.call(self._site, batch)
+        return torch.func.functional_call(self._site.module, self._with(weights), args, kwargs)
 
     def _with(self, weights: Mapping[Linear, Tensor]) -> dict[str, Tensor]:
         """Return the module's parameters, by their names in it, that hold `weights` in the place of the layers' own."""

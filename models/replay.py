@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,25 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 class _Caught(Exception):  # noqa: N818  (control flow, no error)
     """The block's arguments are known; the rest of the forward pass is not wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A model's answer to one batch: log probabilities, (rows, tokens, vocabulary), or hidden states."""
+
+    values: Tensor
+    logs: bool
+
+
+def distance(expected: Answer, got: Answer) -> float:
+    """Return the mean KL divergence, nats a token; of hidden states the squared error over the mean square."""
+    if not expected.logs:
+        return float((got.values - expected.values).square().mean() / expected.values.square().mean())
+    rows = [
+        (first.exp() * (first - second)).sum(-1).mean()
+        for first, second in zip(expected.values, got.values, strict=True)
+    ]
+    return float(torch.stack(rows).mean())
 
 
 class Replay:
@@ -88,12 +108,52 @@ class Replay:
             sites, _ = self._finished[-1]
             self._finished[-1] = ([*sites, site], outputs)
 
+    def answer(self, site: BlockSite, index: int, made: Any, read: Callable[[str], Tensor]) -> Answer:
+        """Run the model on a batch from block `site` on, the blocks after it loaded one after another.
+
+        Args:
+            site: the block that is being worked on.
+            index: the batch.
+            made: what the block returns.
+            read: gives a checkpoint tensor by name.
+        """
+        stack = next(stack for stack in self._skeleton.stacks if any(one is site for one in stack))
+        upto = stack[: next(at for at, one in enumerate(stack) if one is site) + 1]
+        stubs = dict(self._stubs(index)) | {one.module: lambda *_, **__: made for one in upto}
+        later = [one for one in self._skeleton.sites if one.module not in stubs]
+        with _replaced(list(stubs.items())), _in_turn(self._skeleton, later, read), torch.no_grad():
+            outputs = self._skeleton.model(**self._batches[index], return_dict=True)
+        if "logits" in outputs:
+            return Answer(torch.log_softmax(outputs["logits"].float(), -1), True)
+        return Answer(next(value for value in outputs.values() if isinstance(value, Tensor)), False)
+
     def _stubs(self, index: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
         return [
             (site.module, lambda *_, _output=outputs[index], **__: _output)
             for sites, outputs in self._finished
             for site in sites
         ]
+
+
+@contextmanager
+def _in_turn(skeleton: Skeleton, sites: Sequence[BlockSite], read: Callable[[str], Tensor]) -> Iterator[None]:
+    """Load each block's weights before it computes and free them after."""
+    handles: list[Any] = []
+    for site in sites:
+
+        def before(_: nn.Module, __: Any, site: BlockSite = site) -> None:
+            skeleton.load(site.parameters, read)
+
+        def after(_: nn.Module, __: Any, ___: Any, site: BlockSite = site) -> None:
+            skeleton.unload(site.parameters)
+
+        handles.append(site.module.register_forward_pre_hook(before))
+        handles.append(site.module.register_forward_hook(after, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

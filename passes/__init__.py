@@ -11,6 +11,7 @@ PASSES: Registry[Pass[Any]] = Registry(
     "pass",
     __name__,
     {
+        "allocate-bits": "allocate_bits:AllocateBits",
         "awq": "awq:Awq",
         "autoround": "autoround:Autoround",
         "cast": "cast:Cast",

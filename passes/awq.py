@@ -27,7 +27,7 @@ class AwqParams(WeightParams, frozen=True, kw_only=True):
         Literal["mse", "none"],
         Meta(description="Shrink the range of each group to where the squared error is smallest, or keep it whole."),
     ] = "mse"
-    ratios: Annotated[int, Meta(ge=1, le=100, description="Exponents tried for the scales, up to 1.")] = 10
+    ratios: Annotated[int, Meta(ge=1, le=100, description="Exponents tried for the scales, up to 1.")] = 20
     trials: Annotated[
         int,
         Meta(
@@ -103,7 +103,7 @@ class Awq(WeightPass[AwqParams]):
         grids = [self.scheme(linear.name, context.allocation) for linear in linears]
         layers = [Layer(block.weight(linear), grid) for linear, grid in zip(linears, grids, strict=True)]
         clip, dtype = self.params.clip == "mse", getattr(torch, block.dtype)
-        found = search(layers, hessian, channels, dtype, steps=self.params.ratios, clip=clip)
+        found = search(layers, hessian, channels, dtype, steps=self.params.ratios)
         if not self.params.trials:
             return found[0].factors
 

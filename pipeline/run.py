@@ -6,7 +6,7 @@ import json
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -17,15 +17,14 @@ from ..calibration.samples import Samples, load_samples
 from ..core.errors import UnmetError
 from ..core.exports import ExportContext
 from ..core.manifest import MANIFEST, ExportRecord, FileRecord, Manifest, Parity, PassRecord
-from ..core.passes import BlockPass, ModelPass, PassContext, PassResult
+from ..core.passes import BlockPass, ModelPass, PassContext, PassResult, SurveyPass
 from ..core.plan import Plan
 from ..core.progress import Reporter
 from ..models.checkpoint import Checkpoint
 from ..models.handle import TorchModel
 from ..models.locate import Location, locate
-from ..models.reference import reference_outputs
 from ..models.text import load_tokenizer
-from .fingerprint import FINGERPRINT, shortened, write_fingerprint
+from .fingerprint import FINGERPRINT, write_fingerprint
 from .output import Staging, file_record, file_records, inputs_of, readable, staging
 from .parity import ROWS, Reference, compare, make_reference
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
@@ -68,7 +67,7 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         records = [_pass_record(one, result) for one, result in zip(passes, results, strict=True)]
         reference = make_reference(model, source.samples.held_out if source.samples else [], plan.recipe.seed)
         exports = _run_exports(model, plan, reference, stage, reporter)
-        kept = _keep_answers(model, reference, stage.root)
+        kept = _keep_answers(reference, stage.root)
         manifest = _manifest(plan, source, records, exports, kept)
         _write(manifest, stage.root)
         readable(stage.root)
@@ -102,6 +101,9 @@ def _run_passes(
     for group in sweeps(passes):
         if isinstance(group[0], BlockPass):
             results += run_sweep(model, cast("list[BlockPass[Any]]", group), rows, context)
+            if isinstance(group[0], SurveyPass):
+                results[-1].absorb(group[0].conclude(context))
+                context = replace(context, allocation={**context.allocation, **results[-1].allocation})
         else:
             changed, result = cast("ModelPass[Any]", group[0]).run(model, context)
             model = cast("TorchModel", changed)
@@ -137,11 +139,9 @@ def _run_exports(
     return records
 
 
-def _keep_answers(model: TorchModel, reference: Reference, root: Path) -> dict[str, FileRecord]:
-    """Write the fingerprint; its rows are shorter than the reference's, and an encoder's answers depend on that."""
-    short = shortened(reference)
-    answers = Reference(short.inputs, reference_outputs(model, short.inputs), short.samples)
-    if not write_fingerprint(answers, root / FINGERPRINT):
+def _keep_answers(reference: Reference, root: Path) -> dict[str, FileRecord]:
+    """Write the answers that a later `llmopt verify` compares with."""
+    if not write_fingerprint(reference, root / FINGERPRINT):
         return {}
     return {FINGERPRINT: file_record(root / FINGERPRINT)}
 
@@ -167,20 +167,23 @@ def in_words(parity: Parity) -> str:
     return ", ".join(parts)
 
 
+def judged(record: ExportRecord) -> str:
+    """Return the figures of an export, and what is allowed, in a line."""
+    parity = record.verification
+    assert parity is not None
+    limits = {"max_difference": "max difference", "mean_kl": "mean KL"}
+    allowed = ", ".join(f"{limits.get(name, name)} {limit:g}" for name, limit in parity.tolerance.items())
+    return f"{record.name} in {parity.runtime}: {in_words(parity)}; allowed {allowed}"
+
+
 def _refuse_unmet(exports: Sequence[ExportRecord], stage: Staging, output: Path) -> None:
     unmet = [record for record in exports if record.verification is not None and not record.verification.passed]
     if not unmet:
         return
     failed = stage.set_aside()
-    lines = [
-        f"{record.name} in {record.verification.runtime}: {in_words(record.verification)}; "
-        f"allowed {', '.join(f'{name} {limit:g}' for name, limit in record.verification.tolerance.items())}"
-        for record in unmet
-        if record.verification is not None
-    ]
     raise UnmetError(
         f"the artifact is not the model that was exported ({', '.join(record.name for record in unmet)})",
-        where="\n".join(lines),
+        where="\n".join(map(judged, unmet)),
         hint=f"it lies at {failed} for a look; nothing was written to {output}",
     )
 
@@ -193,6 +196,7 @@ def _pass_record(one: AnyPass, result: PassResult) -> PassRecord:
         skipped=[(skip.name, skip.reason) for skip in result.skipped],
         metrics=result.metrics,
         notes=result.notes,
+        allocation=result.allocation,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..core.errors import UsageError
 from ..core.exports import Exporter
 from ..core.params import Params, convert
-from ..core.passes import BlockPass, Need, Pass
+from ..core.passes import BlockPass, Need, Pass, SurveyPass
 from ..core.recipe import Recipe, Step
 from ..exporters import EXPORTERS
 from ..passes import PASSES
@@ -50,6 +50,9 @@ def passes_of(recipe: Recipe) -> list[AnyPass]:
                 hint="name it with --calibration FILE, or `calibration: {data: FILE}` in the recipe",
             )
         passes.append(made(_params(step, made.Params, where)))
+    for index, one in enumerate(passes):
+        if isinstance(one, SurveyPass):
+            one.prepare(passes[index + 1 :])
     return passes
 
 
@@ -72,14 +75,18 @@ def exporters_of(recipe: Recipe) -> list[AnyExporter]:
 
 
 def sweeps(passes: Sequence[AnyPass]) -> list[list[AnyPass]]:
-    """Group the passes: neighbouring block passes share one sweep, every other pass stands alone."""
+    """Group the passes: neighbouring block passes share one sweep, every other pass and every survey stands alone."""
     groups: list[list[AnyPass]] = []
     for one in passes:
-        if isinstance(one, BlockPass) and groups and isinstance(groups[-1][0], BlockPass):
+        if groups and _shares(one) and _shares(groups[-1][0]):
             groups[-1].append(one)
         else:
             groups.append([one])
     return groups
+
+
+def _shares(one: AnyPass) -> bool:
+    return isinstance(one, BlockPass) and not isinstance(one, SurveyPass)
 
 
 def _params(step: Step, kind: type[Params], where: str) -> Params:

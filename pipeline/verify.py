@@ -50,12 +50,11 @@ def verify(directory: Path, *, reporter: Reporter) -> list[ExportRecord]:
     verified = [_check_answers(root, record, manifest, reporter) for record in chosen]
     unmet = [record for record in verified if record.verification is not None and not record.verification.passed]
     if unmet:
-        from .run import in_words
+        from .run import judged
 
-        lines = [f"{record.name}: {in_words(record.verification)}" for record in unmet if record.verification]
         raise UnmetError(
             f"`{directory}` no longer gives the answers of the model that was exported",
-            where="\n".join(lines),
+            where="\n".join(map(judged, unmet)),
             hint="an engine of another version may compute otherwise: compare `versions` in llmopt.json",
         )
     return verified

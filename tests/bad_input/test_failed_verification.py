@@ -42,7 +42,7 @@ HINT = "it lies at out.failed for a look; nothing was written to out"
 def test_a_wrong_scale(shell, wrong_scale):
     ended = shell.run(*ARGUMENTS, "-o", "out")
     check_message(ended, code=3, what=WHAT, where="weights NOT equal", hint=HINT)
-    for figure in ("max difference ", "mean KL ", "top-1 agreement ", "allowed max_difference 0.001, mean_kl 0.001"):
+    for figure in ("max difference ", "mean KL ", "top-1 agreement ", "allowed max difference 0.001, mean KL 0.001"):
         assert figure in ended.err
     assert [path.name for path in shell.folder.iterdir()] == ["out.failed"]
     manifest = json.loads((shell.folder / "out.failed" / "llmopt.json").read_text())
