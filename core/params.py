@@ -108,6 +108,11 @@ def in_words(params: Mapping[str, Any]) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list | tuple):
+        return " ".join(_value(item) for item in cast("list[Any]", value))
+    if isinstance(value, dict):
+        named = cast("dict[str, Any]", value)
+        return "(" + ", ".join(f"{key} {_value(one)}" for key, one in named.items() if one not in (None, False)) + ")"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

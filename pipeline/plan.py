@@ -9,7 +9,7 @@ import msgspec
 from ..core.errors import UsageError
 from ..core.facts import ModelFacts
 from ..core.params import in_words
-from ..core.passes import BlockPass, Need
+from ..core.passes import BlockPass, Need, SurveyPass
 from ..core.plan import Plan, PlanStep
 from ..core.recipe import Recipe
 from ..core.target import Target
@@ -94,11 +94,13 @@ def _cast_facts(facts: ModelFacts, passes: Sequence[AnyPass]) -> ModelFacts:
 
 def _steps(passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: ModelFacts) -> list[PlanStep]:
     steps: list[PlanStep] = []
+    allocated = any(isinstance(one, SurveyPass) for one in passes)
     for group in sweeps(passes):
         kind = "sweep" if isinstance(group[0], BlockPass) else "pass"
         covers = f"{facts.blocks} blocks, {len(facts.linears)} layers: " if kind == "sweep" else ""
         title = " + ".join(one.name for one in group)
-        steps.append(PlanStep(kind=kind, title=title, detail=covers + "; ".join(_in_words(one) for one in group)))
+        words = "; ".join(_in_words(one, allocated=allocated) for one in group)
+        steps.append(PlanStep(kind=kind, title=title, detail=covers + words))
     for exporter in exporters:
         steps.append(
             PlanStep(kind="export", title=exporter.name, detail=in_words(msgspec.to_builtins(exporter.params)))
@@ -107,12 +109,13 @@ def _steps(passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: M
     return steps
 
 
-def _in_words(one: AnyPass) -> str:
+def _in_words(one: AnyPass, *, allocated: bool) -> str:
     grid = one.grid()
     if grid is None:
         return in_words(msgspec.to_builtins(one.params))
+    text = str(grid).replace(f"int{grid.bits}", "bits as chosen,", 1) if allocated else str(grid)
     overrides = len(getattr(one.params, "overrides", ()))
-    return f"{grid}, {overrides} override{'s' * (overrides > 1)}" if overrides else str(grid)
+    return f"{text}, {overrides} override{'s' * (overrides > 1)}" if overrides else text
 
 
 def _skips(passes: Sequence[AnyPass], facts: ModelFacts) -> list[tuple[str, str]]:

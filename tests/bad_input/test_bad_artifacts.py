@@ -145,6 +145,14 @@ def test_eval_of_a_model_that_is_not_causal(shell, family):
     shell.refuses("eval", folder, *HELDOUT, code=2, what="perplexity is of causal language models", hint="ForCausalLM")
 
 
+@pytest.mark.parametrize("name", ["bert", "t5", "vit"])
+def test_models_of_other_kinds_verify_again(shell, family, name):
+    assert shell.run("export", family(name), "-o", "out").code == 0
+    ended = shell.run("verify", "out", "--json")
+    assert ended.code == 0, ended.err
+    assert (json.loads(ended.out)["exports"][0]["verification"] is None) == (name == "vit")  # pictures are not kept
+
+
 def test_eval_with_the_tokenizer_of_another_model(shell, model):
     for path in model.glob("tokenizer*"):
         path.unlink()

@@ -35,9 +35,33 @@ def test_quantize_tells_the_model_options_on(llmopt, pipeline):
     assert pipeline["recipe"].model == ModelSpec(id="org/model", revision="v2", trust_remote_code=True)
 
 
+def test_overrides_are_written_one_by_one(llmopt, pipeline):
+    arguments = ["--override", "*.down_proj:bits=8,group_size=64", "--override", "re:.*layers.0.*:ignore=true"]
+    llmopt("quantize", "model", "-o", "out", *arguments)
+    assert pipeline["recipe"].passes[0].params["overrides"] == [
+        {"pattern": "*.down_proj", "bits": 8, "group_size": 64},
+        {"pattern": "re:.*layers.0.*", "ignore": True},
+    ]
+
+
+def test_a_budget_puts_the_allocation_before_the_method(llmopt, pipeline):
+    arguments = "--calibration wiki.txt --budget 4.5bpw --choices 2 --choices 4 --measure kl --method hqq"
+    llmopt("quantize", "model", "-o", "out", *arguments.split())
+    assert pipeline["recipe"].passes == (
+        Step("allocate-bits", {"budget": "4.5bpw", "choices": [2, 4], "measure": "kl"}),
+        Step("hqq", {"bits": 4}),
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--override *.down_proj", "cannot read `*.down_proj`"),
+        ("--override *.down_proj:bits=7", "bad value for bits: 7"),
+        ("--override *.down_proj:bit=8", "unknown parameter `bit`"),
+        ("--budget 4.5bpw", "--budget needs calibration data"),
+        ("--measure kl", "--measure needs a budget"),
+        ("--method autoround", "--method autoround needs calibration data"),
         ("--scheme w4a8", "unknown scheme `w4a8`"),
         ("--scheme w9a16", "unknown scheme `w9a16`"),
         ("--method awk", "unknown method `awk`"),
