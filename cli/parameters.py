@@ -21,7 +21,6 @@ _WORDS: dict[type[inspect.Type], str] = {
     inspect.FloatType: "number",
     inspect.StrType: "text",
     inspect.BoolType: "true or false",
-    inspect.NoneType: "nothing",
     inspect.DictType: "mapping",
     inspect.AnyType: "anything",
 }
@@ -143,7 +142,8 @@ def _words(kind: inspect.Type) -> str:
         fields = "" if item is None else ", ".join(f"`{name}`" for name in item.__struct_encode_fields__)
         return f"list of mappings with {fields}" if fields else f"list of {_words(kind.item_type)}"
     if isinstance(kind, inspect.UnionType):
-        return " or ".join(_words(item) for item in kind.types)
+        # None is what stands when nothing is given; nobody writes it.
+        return " or ".join(_words(item) for item in kind.types if not isinstance(item, inspect.NoneType))
     choices = _choices(kind)
     if choices:
         return " or ".join(f"`{choice}`" for choice in choices)

@@ -10,24 +10,35 @@ from ..core.errors import UsageError
 from ..core.passes import Need
 from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 from ..passes import PASSES
-from .build import DEFAULT_EXPORT, execute, exports, parse_scheme
+from .build import DEFAULT_EXPORT, Scheme, execute, exports, parse_scheme
 from .common import DryRun, Export, Force, Json, ModelArgument, Output, Quiet, SaveRecipe, Seed, Verbose, open_screen
 from .options import Options, Source, refuse_foreign, with_options
 
 METHODS = ("autoround", "awq", "gptq", "hqq", "rtn")
 ALLOCATION = "allocate-bits"
+ACTIVATIONS = "quantize-activations"
+CACHE = "quantize-kv"
 _QUANTIZATION, _CALIBRATION, _MODEL = "Quantization", "Calibration", "Model"
 _MIXED = "Mixed precision"
+_ACTIVATIONS = "Activations"
 
 
 def _method_source(name: str) -> Source:
-    # The bits come from --scheme, and scales alone quantize nothing.
-    return Source(name, PASSES.load(name).Params, frozenset({"bits", "scales_only"}), _QUANTIZATION, always=False)
+    # Bits and numbers come from --scheme, and scales alone quantize nothing.
+    left_out = frozenset({"bits", "number", "scales_only"})
+    return Source(name, PASSES.load(name).Params, left_out, _QUANTIZATION, always=False)
 
 
 @with_options(
     *(_method_source(name) for name in METHODS),
     Source(ALLOCATION, PASSES.load(ALLOCATION).Params, panel=_MIXED),
+    Source(
+        ACTIVATIONS,
+        PASSES.load(ACTIVATIONS).Params,
+        # Inputs are rounded of the layers whose weights are, and --symmetric and --ignore speak of weights.
+        frozenset({"number", "scale", "symmetric", "ignore"}),
+        _ACTIVATIONS,
+    ),
     Source("calibration", CalibrationSpec, frozenset({"data"}), _CALIBRATION),
     Source("model", ModelSpec, frozenset({"id"}), _MODEL),
 )
@@ -38,8 +49,9 @@ def command(
     scheme: Annotated[
         str,
         typer.Option(
-            metavar="wBITSa16",
-            help="Bits of a weight and of an activation, where 16 stands for floating point. [default: w4a16]",
+            metavar="NAME",
+            help="Bits of a weight and of an activation, 16 being floating point: w2a16 to w8a16, w4a8, w4a8-fp8, "
+            "w8a8-int8, w8a8-fp8; or a format of weights alone: fp8, nvfp4, mxfp4. [default: w4a16]",
             rich_help_panel=_QUANTIZATION,
         ),
     ] = "w4a16",
@@ -63,6 +75,31 @@ def command(
             rich_help_panel=_CALIBRATION,
         ),
     ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="token|tensor",
+            help="Where a scheme has 8-bit activations: a scale for each token, found while the model runs, or one for "
+            "the tensor, fixed by --calibration. [default: token]",
+            rich_help_panel=_ACTIVATIONS,
+        ),
+    ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fp8|int8",
+            help="Keep keys and values in 8 bits, with scales found by --calibration.",
+            rich_help_panel=_ACTIVATIONS,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float32|float16|bfloat16",
+            help="Store what is not quantized, and scales, in this dtype. [default: the model's]",
+            rich_help_panel=_QUANTIZATION,
+        ),
+    ] = None,
     export: Export = None,
     seed: Seed = 0,
     dry_run: DryRun = False,
@@ -82,7 +119,7 @@ def command(
         llmopt quantize ./my-llama -o my-llama-int4 --calibration wiki.txt --export onnx-genai
     """
     screen = open_screen(json=json, quiet=quiet, verbose=verbose)
-    bits = parse_scheme(scheme)
+    found = parse_scheme(scheme)
     chosen = _choose(method, calibrated=calibration is not None)
     refuse_foreign(options, chosen, METHODS, kind="--method")
     if calibration is None and options["calibration"]:
@@ -93,8 +130,11 @@ def command(
         model=ModelSpec(id=model, **options["model"]),
         calibration=None if calibration is None else CalibrationSpec(data=calibration, **options["calibration"]),
         passes=(
+            *(() if dtype is None else (Step("cast", {"dtype": dtype}),)),
             *_allocation(options[ALLOCATION], calibrated=calibration is not None),
-            Step(chosen, {"bits": bits, **options[chosen]}),
+            Step(chosen, {**found.weights, **options[chosen]}),
+            *_activations(scheme, found, activations, options[ACTIVATIONS]),
+            *(() if kv_cache is None else (Step(CACHE, {"number": kv_cache}),)),
         ),
         exports=exports(export or [DEFAULT_EXPORT]),
         seed=seed,
@@ -125,6 +165,24 @@ def _allocation(given: dict[str, Any], *, calibrated: bool) -> tuple[Step, ...]:
     if not calibrated:
         raise UsageError("--budget needs calibration data", hint="name it with --calibration SPEC")
     return (Step(ALLOCATION, given),)
+
+
+def _activations(scheme: str, found: Scheme, scale: str | None, given: dict[str, Any]) -> tuple[Step, ...]:
+    """Return the pass that rounds activations, if the scheme has one.
+
+    Raises:
+        UsageError: something is asked of activations, and the scheme leaves them in floating point.
+    """
+    if found.inputs is None:
+        asked = ["activations"] if scale is not None else [name.replace("_", "-") for name in given]
+        if asked:
+            raise UsageError(
+                f"--{asked[0]} does not apply to --scheme {scheme}",
+                where="its activations stay in floating point",
+                hint="use --scheme w8a8-int8, w8a8-fp8, w4a8 or w4a8-fp8",
+            )
+        return ()
+    return (Step(ACTIVATIONS, {**found.inputs, **({} if scale is None else {"scale": scale}), **given}),)
 
 
 def _choose(method: str | None, *, calibrated: bool) -> str:

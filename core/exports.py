@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
+from .activations import ActivationGrid, ActivationNumber, QuantizedCache, QuantizedInput
+from .errors import UsageError
 from .facts import ModelFacts
 from .model import ModelHandle
 from .params import Params
@@ -28,6 +30,16 @@ class ExportableModel(ModelHandle, Protocol):
     @property
     def quantized(self) -> Mapping[str, Grid]:
         """The quantized layers by checkpoint name (without `.weight`), and the grid of each."""
+        ...
+
+    @property
+    def inputs(self) -> Mapping[str, QuantizedInput]:
+        """The layers whose inputs are rounded, by checkpoint name, and how."""
+        ...
+
+    @property
+    def caches(self) -> Mapping[str, QuantizedCache]:
+        """The attention modules whose keys and values are rounded, by module path, and how."""
         ...
 
     def quantized_weight(self, name: str) -> QuantizedWeight:
@@ -94,6 +106,29 @@ class Exporter(Generic[P]):
         Raises:
             UsageError: with the nearest that can.
         """
+
+    def check_activations(
+        self,
+        grids: Collection[Grid],  # noqa: ARG002
+        inputs: ActivationGrid | None,
+        cache: ActivationNumber | None,
+    ) -> None:
+        """Refuse rounded activations, where the format has no words for them.
+
+        Args:
+            grids: every grid that weights are put on.
+            inputs: how the inputs of layers are rounded, None when they are not.
+            cache: what keys and values are rounded to, None when they are not.
+
+        Raises:
+            UsageError: with the nearest that can.
+        """
+        if inputs is not None or cache is not None:
+            raise UsageError(
+                f"`{self.name}` cannot hold quantized activations",
+                where=f"inputs of layers in {inputs}" if inputs else f"keys and values in {cache}",
+                hint="use --export safetensors, or leave the activations in floating point (a scheme such as w8a16)",
+            )
 
     def check_grids(self, grids: Collection[Grid]) -> None:
         """Refuse weights on several grids, where the format has no words for that.

@@ -11,6 +11,7 @@ from .facts import ModelFacts
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .activations import QuantizedCache, QuantizedInput
     from .quantized import QuantizedWeight
 
 
@@ -69,6 +70,28 @@ class Block(Protocol):
 
     def quantize(self, linear: Linear, weight: QuantizedWeight) -> None:
         """Make `weight` the layer's weight: from now on the block computes with `weight.dequantize()`."""
+        ...
+
+    def quantize_input(self, linear: Linear, rounding: QuantizedInput) -> None:
+        """Round the layer's input: from now on the block computes with `rounding.round(input)`."""
+        ...
+
+    @property
+    def attention(self) -> str | None:
+        """Path of the module that keeps keys and values, None when there is none, or more than one."""
+        ...
+
+    def quantize_cache(self, rounding: QuantizedCache) -> None:
+        """Round the keys and values of `attention`: from now on the block computes with `rounding.round(…)`."""
+        ...
+
+    def collect_cache(self, receive: Callable[[Tensor, Tensor], None]) -> None:
+        """Run the calibration samples through the block and look at keys and values as attention reads them.
+
+        Args:
+            receive: called for each batch with keys and values, (rows, heads, tokens, head size) float32; not called
+                when the block's attention does not go through torch's scaled dot product.
+        """
         ...
 
     def update(self, linear: Linear, weight: Tensor) -> None:

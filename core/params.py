@@ -21,10 +21,23 @@ class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base of every parameter struct."""
 
 
-Bits = Annotated[Literal[2, 3, 4, 5, 6, 8], Meta(description="Bits per weight.")]
+NumberParam = Annotated[
+    Literal["int", "fp8", "nvfp4", "mxfp4"],
+    Meta(
+        description="What a code stands for: an integer, or a small floating-point number: `fp8` (e4m3), `nvfp4` "
+        "(e2m1, 16 weights share a scale in e4m3) or `mxfp4` (e2m1, 32 weights share a power of two)."
+    ),
+]
+Bits = Annotated[
+    Literal[2, 3, 4, 5, 6, 8] | None,
+    Meta(description="Bits per weight; 4 for integers when not given, and fixed for other numbers."),
+]
 GroupSizeParam = Annotated[
-    Annotated[int, Meta(ge=1)] | Literal["channel", "tensor"],
-    Meta(description="Weights along the input dimension that share a scale: a number, `channel` or `tensor`."),
+    Annotated[int, Meta(ge=1)] | Literal["channel", "tensor", "block"] | None,
+    Meta(
+        description="Weights along the input dimension that share a scale: a number, `channel` or `tensor`, or `block` "
+        "(128 x 128, fp8 only). When not given 128 for integers, `channel` for fp8."
+    ),
 ]
 Symmetric = Annotated[bool, Meta(description="Zero point fixed in the middle of the grid (no zero points stored).")]
 Ignore = Annotated[
@@ -39,9 +52,12 @@ class Override(Params, frozen=True, kw_only=True):
     pattern: Annotated[
         str, Meta(min_length=1, description="Layers: a glob (`*.down_proj`) or a `re:` regular expression.")
     ]
+    number: Annotated[
+        Literal["int", "fp8", "nvfp4", "mxfp4"] | None, Meta(description="What a code stands for in these layers.")
+    ] = None
     bits: Annotated[Literal[2, 3, 4, 5, 6, 8] | None, Meta(description="Bits per weight of these layers.")] = None
     group_size: Annotated[
-        Annotated[int, Meta(ge=1)] | Literal["channel", "tensor"] | None,
+        Annotated[int, Meta(ge=1)] | Literal["channel", "tensor", "block"] | None,
         Meta(description="Weights that share a scale in these layers."),
     ] = None
     symmetric: Annotated[

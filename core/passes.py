@@ -12,6 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
+from .activations import ActivationGrid, ActivationNumber
 from .facts import ModelFacts
 from .model import Block, Linear, ModelHandle
 from .params import Params
@@ -101,6 +102,10 @@ class Pass(Generic[P]):
     def __init__(self, params: P) -> None:
         self.params = params
 
+    def requires(self) -> frozenset[Need]:
+        """Return what the pass cannot work without: `needs`, unless the parameters decide."""
+        return self.needs
+
     def check(self, facts: ModelFacts, target: Target) -> None:
         """Refuse what cannot work, from the outline alone.
 
@@ -110,6 +115,14 @@ class Pass(Generic[P]):
 
     def grid(self) -> Grid | None:
         """Return the grid on which the pass puts weights, None if it leaves them in floating point."""
+        return None
+
+    def input_grid(self) -> ActivationGrid | None:
+        """Return how the pass makes the inputs of layers be rounded, None if it leaves them as they are."""
+        return None
+
+    def cache_number(self) -> ActivationNumber | None:
+        """Return what the pass makes keys and values be rounded to, None if it leaves them as they are."""
         return None
 
     def ignored(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta
 
+from ..core.activations import ActivationGrid, ActivationNumber
 from ..core.errors import LlmoptError, UsageError
 from ..core.exports import ExportableModel, ExportContext, Exporter, ExportResult
 from ..core.facts import ModelFacts
@@ -67,6 +68,18 @@ class Safetensors(Exporter[SafetensorsParams]):
                 hint="add a pass such as rtn or gptq, or use format plain",
             )
 
+    def check_activations(
+        self, grids: Collection[Grid], inputs: ActivationGrid | None, cache: ActivationNumber | None
+    ) -> None:
+        """Refuse rounded activations in a layout without words for them."""
+        chosen = "compressed-tensors" if self.params.format == "auto" else self.params.format
+        if chosen in LAYOUTS:
+            refused = LAYOUTS.load(chosen)().activations_refusal(grids, inputs, cache)
+            if refused is not None:
+                raise refused
+        else:
+            super().check_activations(grids, inputs, cache)
+
     def check_grids(self, grids: Collection[Grid]) -> None:
         """Refuse several grids in a layout that has words for one."""
         layout = self._layout(next(iter(grids), None))
@@ -80,10 +93,12 @@ class Safetensors(Exporter[SafetensorsParams]):
         for name, (dtype, shape) in model.tensor_specs().items():
             layer = name.removesuffix(".weight")
             if layout is not None and layer in model.quantized:
-                parts = layout.specs(shape, dtype, model.quantized[layer])
+                parts = layout.specs(shape, dtype, model.quantized[layer], model.inputs.get(layer))
                 specs.update({f"{layer}.{part}": spec for part, spec in parts.items()})
             else:
                 specs[name] = TensorSpec(f"torch.{dtype}", shape)
+        others = layout.others(model) if layout is not None else {}
+        specs.update({name: TensorSpec(str(tensor.dtype), tuple(tensor.shape)) for name, tensor in others.items()})
         if layout is not None:
             _check_names(layout, model)
         changes = {"quantization_config": layout.config(model)} if layout is not None else None
@@ -94,13 +109,15 @@ class Safetensors(Exporter[SafetensorsParams]):
         ):
             for name, value in model.tensors():
                 if isinstance(value, QuantizedWeight) and layout is not None:
-                    for part, tensor in layout.pack(value).items():
+                    for part, tensor in layout.pack(value, model.inputs.get(name)).items():
                         writer.write(f"{name}.{part}", tensor)
                 elif isinstance(value, QuantizedWeight):
                     writer.write(f"{name}.weight", model.read(f"{name}.weight"))
                 else:
                     writer.write(name, value)
                 step.advance(detail=name)
+            for name, tensor in others.items():
+                writer.write(name, tensor)
         model.save_side_files(directory, config_changes=changes)
         return ExportResult(notes=layout.notes(model) if layout is not None else [])
 
@@ -134,9 +151,9 @@ def read_packed(layout: Layout, model: ExportableModel, directory: Path) -> Iter
     specs = model.tensor_specs()
     for layer, grid in model.quantized.items():
         dtype, shape = specs[f"{layer}.weight"]
-        names = layout.specs(shape, dtype, grid)
+        names = layout.specs(shape, dtype, grid, model.inputs.get(layer))
         parts = {part: _read(directory, shards, f"{layer}.{part}") for part in names}
-        yield layer, layout.unpack(parts, grid)
+        yield layer, layout.unpack(parts, grid, dtype)
 
 
 def _shards(directory: Path) -> Mapping[str, str]:
@@ -170,5 +187,9 @@ def _equal(first: QuantizedWeight, second: QuantizedWeight) -> bool:
     zeros = (first.zero_point, second.zero_point)
     same_zero = zeros == (None, None) or (None not in zeros and bool((zeros[0] == zeros[1]).all()))  # type: ignore[union-attr]
     return (
-        first.grid == second.grid and same_zero and first.codes.equal(second.codes) and first.scale.equal(second.scale)
+        first.grid == second.grid
+        and same_zero
+        and first.codes.equal(second.codes)
+        and first.scale.equal(second.scale)
+        and (first.divisor is None or (second.divisor is not None and first.divisor.equal(second.divisor)))
     )

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.activations import QuantizedCache, QuantizedInput
 from ..core.errors import LlmoptError
 from ..core.model import Linear, Product, Stage
 from ..core.quantized import QuantizedWeight
 from .producers import Part, Producer, linear_candidates, norm_candidates, same
 from .replay import Answer, Replay, distance
+from .rounding import CacheWatch
 from .skeleton import BlockSite, Skeleton, View
 from .watch import Sighting, Unit, Watch, same_input
 
@@ -48,6 +50,8 @@ class LoadedBlock:
         self.dtype = dtype
         self.results: dict[Linear, QuantizedWeight] = {}
         self.changed: dict[str, Callable[[], Tensor]] = {}
+        self.inputs: dict[str, QuantizedInput] = {}
+        self.caches: dict[str, QuantizedCache] = {}
         self._order_seen: list[Stage] | None = None
         self._norms: dict[Unit, list[tuple[str, nn.Module]]] = {}
         self._producers: dict[Linear, Producer | None] = {}
@@ -82,6 +86,27 @@ class LoadedBlock:
         else:
             self._view(self._views[linear]).copy_(weight.dequantize().float())
         self.changed.pop(f"{linear.name}.weight", None)
+
+    def quantize_input(self, linear: Linear, rounding: QuantizedInput) -> None:
+        """Round the layer's input from now on."""
+        self.inputs[linear.name] = self._skeleton.inputs[linear.name] = rounding
+
+    @property
+    def attention(self) -> str | None:
+        """Path of the module that keeps keys and values."""
+        return self._site.attention
+
+    def quantize_cache(self, rounding: QuantizedCache) -> None:
+        """Round keys and values from now on."""
+        assert self.attention is not None, "asked for before"
+        self.caches[self.attention] = self._skeleton.caches[self.attention] = rounding
+
+    def collect_cache(self, receive: Callable[[Tensor, Tensor], None]) -> None:
+        """Look at keys and values; see `core.model.Block`."""
+        for index in range(len(self._samples)):
+            args, kwargs = self._samples.call(self._site, index)
+            with torch.no_grad(), CacheWatch(receive):
+                self._site.module(*args, **kwargs)
 
     def update(self, linear: Linear, weight: Tensor) -> None:
         """Replace the layer's weight by another in floating point, rounded to the dtype it is stored in."""
@@ -334,10 +359,9 @@ class LoadedBlock:
 
     def _addresses(self) -> dict[int, Unit]:
         addresses: dict[int, Unit] = {}
-        for linear in self._views:
-            name, expert = self._unit(linear)
-            parameter = self._skeleton.parameter(name).data
-            addresses[(parameter if expert is None else parameter[expert]).data_ptr()] = (name, expert)
+        for linear, view in self._views.items():
+            parameter = self._skeleton.parameter(view.parameter).data
+            addresses[view.address(parameter)] = self._unit(linear)
         return addresses
 
     def _members(self, unit: Unit) -> tuple[Linear, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..core.activations import QuantizedCache, QuantizedInput
 from ..core.errors import LlmoptError
 from ..core.facts import ModelFacts
 from ..core.quantized import Grid, QuantizedWeight
@@ -53,6 +54,16 @@ class TorchModel:
     def quantized(self) -> Mapping[str, Grid]:
         """The quantized layers by checkpoint name, and the grid of each."""
         return self.store.grids
+
+    @property
+    def inputs(self) -> Mapping[str, QuantizedInput]:
+        """The layers whose inputs are rounded, by checkpoint name, and how."""
+        return self.store.inputs
+
+    @property
+    def caches(self) -> Mapping[str, QuantizedCache]:
+        """The attention modules whose keys and values are rounded, by module path, and how."""
+        return self.store.caches
 
     def quantized_weight(self, name: str) -> QuantizedWeight:
         """Read one quantized layer from disk."""
@@ -118,14 +129,17 @@ class TorchModel:
     def skeleton(self) -> Skeleton:
         """Return the module tree without weights, its buffers loaded."""
         skeleton = Skeleton(self.location, self.checkpoint)
+        skeleton.inputs.update(self.inputs)
+        skeleton.caches.update(self.caches)
         _load_buffers(skeleton, self.read)
         return skeleton
 
     def materialize(self, dtype: str = "float32") -> PreTrainedModel:
-        """Return the whole model in memory, in eval mode."""
+        """Return the whole model in memory, in eval mode; its activations are not rounded."""
         skeleton = self.skeleton()
         skeleton.load([name for name, _ in skeleton.model.named_parameters()], self.read)
         own_experts_choice(skeleton.model)
+        skeleton.compute_plainly()
         return skeleton.model.to(getattr(torch, dtype))
 
     def save_side_files(self, directory: Path, *, config_changes: Mapping[str, Any] | None = None) -> None:

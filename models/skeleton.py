@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..core.activations import QuantizedCache, QuantizedInput
 from ..core.errors import LlmoptError, UsageError
 from ..core.model import Linear
 from .checkpoint import Checkpoint
 from .locate import Location, read_config
 from .memory import trim
 from .naming import Naming, Rows
+from .rounding import round_activations_of
 
 _SMALLEST = 16
 _CONFIG_ERRORS = (
@@ -65,15 +67,29 @@ class View:
             part = part[self.rows.start : self.rows.stop] if not self.transposed else part
         return part.T if self.transposed else part
 
+    def address(self, parameter: Tensor) -> int:
+        """Return where the operand of the layer's product begins: its parameter, or an expert's part of it."""
+        expert = None if self.rows is None else self.rows.expert
+        return (parameter if expert is None else parameter[expert]).data_ptr()
+
 
 @dataclass(frozen=True, slots=True)
 class BlockSite:
-    """A repeated block of the skeleton."""
+    """A repeated block of the skeleton.
+
+    Attributes:
+        name: the module's path.
+        module: the module.
+        parameters: names of its parameters.
+        views: its linear layers.
+        attention: path of the module that keeps keys and values; None when there is none, or more than one.
+    """
 
     name: str
     module: nn.Module
     parameters: tuple[str, ...]
     views: tuple[View, ...]
+    attention: str | None
 
 
 class Skeleton:
@@ -82,6 +98,9 @@ class Skeleton:
     Attributes:
         model: the module tree.
         stacks: the lists of repeated blocks, in the order of the module tree (an encoder before its decoder).
+        inputs: the layers whose inputs are rounded while the model computes, by checkpoint name, and how.
+        caches: the attention modules whose keys and values are rounded, by path, and how.
+        compute_plainly: ends the rounding of activations, for those that trace the model.
     """
 
     def __init__(self, location: Location, checkpoint: Checkpoint) -> None:
@@ -92,6 +111,9 @@ class Skeleton:
         self.stacks = self._find_stacks()
         inside = {name for stack in self.stacks for site in stack for name in site.parameters}
         self.outside = tuple(name for name, _ in self.model.named_parameters() if name not in inside)
+        self.inputs: dict[str, QuantizedInput] = {}
+        self.caches: dict[str, QuantizedCache] = {}
+        self.compute_plainly = round_activations_of(self)
 
     @property
     def sites(self) -> list[BlockSite]:
@@ -173,7 +195,7 @@ class Skeleton:
                 is_router = parameter.ndim == 2 and parameter.shape[0] in experts
                 if _is_product(module, key, parameter) and not is_router:
                     views += self._views(name, module, parameter)
-        return BlockSite(path, block, tuple(parameters), tuple(views))
+        return BlockSite(path, block, tuple(parameters), tuple(views), _attention(path, block))
 
     def _views(self, name: str, module: nn.Module, parameter: Tensor) -> list[View]:
         binding = self.naming.of_target.get(name)
@@ -197,6 +219,16 @@ class Skeleton:
             View(Linear(key.removesuffix(".weight"), rows.stop - rows.start, parameter.shape[-1]), name, rows, False)
             for key, rows in located.items()
         ]
+
+
+def _attention(path: str, block: nn.Module) -> str | None:
+    """Return the path of a block's attention: the outermost module called so that holds matrices."""
+    found: list[str] = []
+    for sub, module in block.named_modules():
+        named = "attention" in type(module).__name__.lower() and any(one.ndim == 2 for one in module.parameters())
+        if named and not any(f"{path}.{sub}".startswith(f"{outer}.") for outer in found):
+            found.append(f"{path}.{sub}")
+    return found[0] if len(found) == 1 else None
 
 
 def _linear(name: str, matrix: Tensor, transposed: bool) -> Linear:

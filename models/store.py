@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..core.activations import QuantizedCache, QuantizedInput
 from ..core.model import Linear
 from ..core.quantized import Grid, QuantizedWeight
 
@@ -23,6 +24,8 @@ class WorkStore:
         grids: the grid of each layer.
         changed: floating-point checkpoint tensors that are different now, and the file of each.
         transposed: the layers that the checkpoint stores as (in, out); a square matrix does not tell.
+        inputs: the layers whose inputs are rounded, and how.
+        caches: the attention modules whose keys and values are rounded, by module path, and how.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,6 +36,8 @@ class WorkStore:
         self.changed: dict[str, Path] = {}
         self._files_written = 0
         self.transposed: set[str] = set()
+        self.inputs: dict[str, QuantizedInput] = {}
+        self.caches: dict[str, QuantizedCache] = {}
 
     def put(
         self,
@@ -59,6 +64,8 @@ class WorkStore:
             tensors[f"{linear.name}.scale"] = weight.scale.contiguous()
             if weight.zero_point is not None:
                 tensors[f"{linear.name}.zero_point"] = weight.zero_point.contiguous()
+            if weight.divisor is not None:
+                tensors[f"{linear.name}.divisor"] = weight.divisor
             self._files[linear.name] = path
             self.grids[linear.name] = weight.grid
             if linear in transposed:
@@ -80,4 +87,5 @@ class WorkStore:
                 scale=file.get_tensor(f"{name}.scale"),
                 zero_point=None if grid.symmetric else file.get_tensor(f"{name}.zero_point"),
                 grid=grid,
+                divisor=file.get_tensor(f"{name}.divisor") if grid.number == "nvfp4" else None,
             )

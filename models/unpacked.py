@@ -17,7 +17,14 @@ from torch import Tensor
 from ..core.errors import LlmoptError
 from .checkpoint import Checkpoint
 
-_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_PARTS = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_global_scale",
+)
 
 
 def unpacking_reader(directory: Path) -> Callable[[str], Tensor]:
@@ -31,15 +38,19 @@ def unpacking_reader(directory: Path) -> Callable[[str], Tensor]:
 
     def read(name: str) -> Tensor:
         layer = name.removesuffix(".weight")
-        if name in checkpoint:
+        if f"{layer}.weight_scale" not in checkpoint:
+            if name not in checkpoint:
+                raise LlmoptError(f"weight `{name}` is missing from the artifact", where=str(directory))
             return checkpoint.read(name)
-        parts = {part: checkpoint.read(f"{layer}.{part}") for part in _PARTS if f"{layer}.{part}" in checkpoint}
-        if "weight_packed" not in parts:
-            raise LlmoptError(f"weight `{name}` is missing from the artifact", where=str(directory))
-        from compressed_tensors.compressors import PackedQuantizationCompressor
+        from compressed_tensors.compressors import BaseCompressor
 
+        parts: dict[str, Tensor | None] = {
+            part: checkpoint.read(f"{layer}.{part}") for part in _PARTS if f"{layer}.{part}" in checkpoint
+        }
         scheme = schemes.get(layer) or schemes["Linear"]
-        return PackedQuantizationCompressor.decompress(parts, scheme)["weight"].to(torch.float32)
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        weight: Any = compressor.decompress(parts, scheme)["weight"]
+        return weight.to(torch.float32)
 
     return read
 
@@ -48,5 +59,10 @@ def _schemes(config: dict[str, Any]) -> dict[str, Any]:
     """Return the scheme of each target (a layer's name, or "Linear") as compressed-tensors reads it."""
     from compressed_tensors.quantization import QuantizationScheme
 
-    groups = (config.get("quantization_config") or {}).get("config_groups", {})
-    return {target: QuantizationScheme(**group) for group in groups.values() for target in group["targets"]}
+    quantization = config.get("quantization_config") or {}
+    groups = quantization.get("config_groups", {})
+    return {
+        target: QuantizationScheme(**{"format": quantization["format"]} | group)
+        for group in groups.values()
+        for target in group["targets"]
+    }

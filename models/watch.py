@@ -22,6 +22,14 @@ _INPUT_FIRST = {F.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tens
 _INPUT_SECOND = {torch.addmm, Tensor.addmm}
 
 
+def input_position(func: Callable[..., Any], args: tuple[Any, ...]) -> int | None:
+    """Return at which argument a matrix product takes its input, before the weight; None for any other function."""
+    at = 0 if func in _INPUT_FIRST else 1 if func in _INPUT_SECOND else None
+    if at is None or len(args) < at + 2 or not isinstance(args[at + 1], Tensor) or args[at + 1].ndim != 2:
+        return None
+    return at
+
+
 class Watch(TorchFunctionMode):
     """Calls `receive(unit, input)` for every product with a watched weight inside the context.
 
@@ -43,11 +51,11 @@ class Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Notice a product, then run it."""
-        operands = args[:2] if func in _INPUT_FIRST else args[1:3] if func in _INPUT_SECOND else ()
-        if len(operands) == 2 and isinstance(operands[1], Tensor) and operands[1].ndim == 2:
-            unit = self._addresses.get(operands[1].data_ptr())
+        at = input_position(func, args)
+        if at is not None:
+            unit = self._addresses.get(args[at + 1].data_ptr())
             if unit is not None:
-                self._receive(unit, operands[0])
+                self._receive(unit, args[at])
         return func(*args, **(kwargs or {}))
 
 

@@ -18,6 +18,8 @@ PASSES: Registry[Pass[Any]] = Registry(
         "fold-norms": "fold_norms:FoldNorms",
         "gptq": "gptq:Gptq",
         "hqq": "hqq:Hqq",
+        "quantize-activations": "quantize_activations:QuantizeActivations",
+        "quantize-kv": "quantize_kv:QuantizeKv",
         "rtn": "rtn:Rtn",
         "smooth": "smooth:Smooth",
     },

@@ -101,6 +101,12 @@ class AllocateBits(SurveyPass[AllocateBitsParams]):
 
     def check(self, facts: ModelFacts, target: Target) -> None:  # noqa: ARG002
         """Refuse a budget that cannot be read."""
+        if self._quantizer is not None and self._quantizer.params.number != "int":
+            raise UsageError(
+                f"`{self.name}` chooses the bits of integers",
+                where=f"pass `{self._quantizer.name}` makes {self._quantizer.params.number}",
+                hint=f"leave `{self.name}` out, or `number` of `{self._quantizer.name}`",
+            )
         found = _BUDGET.fullmatch(self.params.budget)
         if found is None or float(found[1]) == 0:
             raise UsageError(

@@ -41,6 +41,7 @@ class Autoround(WeightPass[AutoroundParams]):
 
     name = "autoround"
     needs = frozenset({Need.CALIBRATION, Need.GRADIENTS})
+    numbers = frozenset({"int"})
     Params = AutoroundParams
 
     def run_block(self, block: Block, linears: Iterable[Linear], context: PassContext) -> PassResult:

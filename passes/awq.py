@@ -54,6 +54,7 @@ class Awq(WeightPass[AwqParams]):
 
     name = "awq"
     needs = frozenset({Need.CALIBRATION})
+    numbers = frozenset({"int"})
     Params = AwqParams
 
     def grid(self) -> Grid | None:

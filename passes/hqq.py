@@ -33,6 +33,7 @@ class Hqq(WeightPass[HqqParams]):
     """
 
     name = "hqq"
+    numbers = frozenset({"int"})
     Params = HqqParams
 
     def run_block(self, block: Block, linears: Iterable[Linear], context: PassContext) -> PassResult:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ..core.model import Block, Linear
 from ..core.passes import PassContext, PassResult
-from .weights import WeightParams, WeightPass
+from .weights import WeightParams, WeightPass, largest_weights
 
 
 class RtnParams(WeightParams, frozen=True, kw_only=True):
@@ -27,9 +27,11 @@ class Rtn(WeightPass[RtnParams]):
 
         result = PassResult()
         dtype = getattr(torch, block.dtype)
-        for linear in linears:
-            weight, grid = block.weight(linear), self.scheme(linear.name, context.allocation)
-            quantized = round_to_nearest(weight, grid, dtype, clip=self.params.clip == "mse")
+        chosen = [(linear, self.scheme(linear.name, context.allocation)) for linear in linears]
+        tops = largest_weights(block, chosen)
+        for linear, grid in chosen:
+            weight, top = block.weight(linear), tops.get(linear)
+            quantized = round_to_nearest(weight, grid, dtype, clip=self.params.clip == "mse", largest=top)
             block.quantize(linear, quantized)
             result.changed.append(linear.name)
         return result

@@ -1,29 +1,38 @@
-"""What passes that put weights on an integer grid have in common."""
+"""What passes that put weights on a grid have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from msgspec import Meta
 
 from ..core.errors import UsageError
 from ..core.facts import ModelFacts
-from ..core.params import Bits, GroupSizeParam, Ignore, Override, Overrides, Params, Symmetric
+from ..core.model import Block, Linear
+from ..core.params import Bits, GroupSizeParam, Ignore, NumberParam, Override, Overrides, Params, Symmetric
 from ..core.passes import BlockPass
 from ..core.patterns import check_patterns, matches
-from ..core.quantized import Grid
+from ..core.quantized import BLOCK, FLOATS, Grid, Number
 from ..core.target import Target
 
 _SMALLEST_GROUP = 16
+_DEFAULT_BITS, _DEFAULT_GROUP = 4, 128
+_HINTS: Mapping[Number, str] = {
+    "int": "give a number of weights, `channel` or `tensor`",
+    "fp8": "fp8 has 8 bits, and scales for a `channel`, a number of weights, the `tensor` or a `block`",
+    "nvfp4": "leave bits, group_size and symmetric out: nvfp4 has 4 bits, 16 weights share a scale",
+    "mxfp4": "leave bits, group_size and symmetric out: mxfp4 has 4 bits, 32 weights share a scale",
+}
 
 
 class WeightParams(Params, frozen=True, kw_only=True):
     """Parameters of every pass that quantizes weights."""
 
-    bits: Bits = 4
-    group_size: GroupSizeParam = 128
+    number: NumberParam = "int"
+    bits: Bits = None
+    group_size: GroupSizeParam = None
     symmetric: Symmetric = True
     ignore: Ignore = ()
     clip: Annotated[
@@ -41,11 +50,12 @@ class WeightPass(BlockPass[W]):
 
     not_after = frozenset({"rtn", "gptq"})
     before_rounding = True
+    numbers: ClassVar[frozenset[Number]] = frozenset({"int", *FLOATS})
+    """The kinds of numbers that the method can choose codes for."""
 
     def grid(self) -> Grid | None:
         """Return the grid of the layers that no override names."""
-        params = self.params
-        return Grid(bits=params.bits, group_size=params.group_size, symmetric=params.symmetric)
+        return self._grid(Override(pattern="*"))
 
     def ignored(self) -> tuple[str, ...]:
         """Return the patterns of layers that stay as they are."""
@@ -68,12 +78,23 @@ class WeightPass(BlockPass[W]):
 
     def scheme(self, name: str, allocation: Mapping[str, int] = MappingProxyType({})) -> Grid:
         """Return the grid of layer `name`: an override's word goes before allocated bits, those before `bits`."""
-        params, override = self.params, self.override(name) or Override(pattern=name)
-        return Grid(
-            bits=allocation.get(name, params.bits) if override.bits is None else override.bits,
-            group_size=params.group_size if override.group_size is None else override.group_size,
-            symmetric=params.symmetric if override.symmetric is None else override.symmetric,
-        )
+        return self._grid(self.override(name) or Override(pattern=name), allocation.get(name))
+
+    def _grid(self, override: Override, allocated: int | None = None) -> Grid:
+        """Return the grid that an override asks for, or `check` refuses."""
+        params = self.params
+        number = params.number if override.number is None else override.number
+        # Bits and groups of one kind of number say nothing of another.
+        bits, group_size = (params.bits, params.group_size) if number == params.number else (None, None)
+        bits = override.bits or allocated or bits
+        group_size = override.group_size or group_size
+        if number == "int":
+            bits, group_size = bits or _DEFAULT_BITS, group_size or _DEFAULT_GROUP
+        else:
+            fixed, own_group = FLOATS[number]
+            bits, group_size = bits or fixed, group_size or own_group or "channel"
+        symmetric = params.symmetric if override.symmetric is None else override.symmetric
+        return Grid(bits=bits, group_size=group_size, symmetric=symmetric, number=number)
 
     def check(self, facts: ModelFacts, target: Target) -> None:  # noqa: ARG002
         """Refuse a model without linear layers, a pattern that matches nothing, a group size that does not divide."""
@@ -86,6 +107,9 @@ class WeightPass(BlockPass[W]):
         names = [linear.name for linear in facts.linears]
         check_patterns(self.params.ignore, [*names, "lm_head", "embed_out", "embed_tokens"], where=self._where())
         self._check_overrides(names)
+        grids = {name: grid for name in names if (grid := self.grid_for(name)) is not None}
+        for grid in dict.fromkeys(grids.values()):
+            self._check_number(grid)
         self._check_group_size(facts)
 
     def _check_overrides(self, names: list[str]) -> None:
@@ -98,11 +122,49 @@ class WeightPass(BlockPass[W]):
                     hint="say what is different there: bits, group_size, symmetric or ignore",
                 )
 
+    def _check_number(self, grid: Grid) -> None:
+        """Refuse kinds of numbers that the method or the grid has not."""
+        number = grid.number
+        if number not in self.numbers:
+            raise UsageError(
+                f"`{self.name}` cannot choose codes of {number}",
+                where=f"{self._where()} knows {', '.join(sorted(self.numbers))}",
+                hint="use rtn or gptq",
+            )
+        if number == "int":
+            wrong = "groups of 128 x 128" if grid.group_size == "block" else None
+        else:
+            bits, group_size = FLOATS[number]
+            wrong = (
+                f"{grid.bits} bits"
+                if grid.bits != bits
+                else f"group size {grid.group_size}"
+                if group_size not in (None, grid.group_size)
+                else "zero points"
+                if not grid.symmetric
+                else None
+            )
+        if wrong is not None:
+            raise UsageError(f"{number} has no {wrong}", where=self._where(), hint=_HINTS[number])
+
     def _check_group_size(self, facts: ModelFacts) -> None:
         for linear in facts.linears:
             grid = None if self.left_alone(linear.name) else self.scheme(linear.name)
-            if grid is None or grid.divides(linear.in_features):
+            if grid is None or grid.divides(linear.in_features, linear.out_features):
                 continue
+            if grid.group_size == "block":
+                raise UsageError(
+                    f"cannot divide `{linear.name}` into blocks of {BLOCK} x {BLOCK}",
+                    where=f"{self._where()}: it is {linear.out_features} x {linear.in_features}",
+                    hint="use --group-size channel",
+                )
+            if grid.number != "int":
+                raise UsageError(
+                    f"{grid.number} cannot hold `{linear.name}`",
+                    where=f"{self._where()}: its {linear.in_features} input features are not a multiple of "
+                    f"{grid.group_size}",
+                    hint=f'leave it out with --ignore "*.{linear.name.rpartition(".")[2]}", or use --scheme w8a8-fp8',
+                )
             override = self.override(linear.name)
             if override is not None and override.group_size is not None:
                 raise UsageError(
@@ -123,3 +185,16 @@ class WeightPass(BlockPass[W]):
 
     def _where(self) -> str:
         return f"pass `{self.name}`"
+
+
+def largest_weights(block: Block, layers: Iterable[tuple[Linear, Grid]]) -> dict[Linear, float]:
+    """Return, for layers on nvfp4, the largest magnitude among them and the others in the same module.
+
+    Engines run query, key and value, or gate and up, as one product with one divisor of the scales.
+    """
+    tops: dict[str, float] = {}
+    chosen = [linear for linear, grid in layers if grid.number == "nvfp4"]
+    for linear in chosen:
+        parent = linear.name.rpartition(".")[0]
+        tops[parent] = max(tops.get(parent, 0.0), float(block.weight(linear).abs().max()))
+    return {linear: tops[linear.name.rpartition(".")[0]] for linear in chosen}

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from ..core.activations import ActivationGrid, ActivationNumber
 from ..core.errors import UsageError
 from ..core.facts import LinearFacts, ModelFacts
 from ..core.passes import SurveyPass
@@ -41,6 +42,7 @@ def check_exports(exporters: Sequence[AnyExporter], passes: Sequence[AnyPass], f
         if not by_grid:
             exporter.check(facts, None)
         exporter.check_grids(by_grid)
+        exporter.check_activations(by_grid, input_grid(passes), cache_number(passes))
         for grid, linears in by_grid.items():
             try:
                 exporter.check(msgspec.structs.replace(facts, linears=tuple(linears)), grid)
@@ -53,6 +55,16 @@ def check_exports(exporters: Sequence[AnyExporter], passes: Sequence[AnyPass], f
                     where=f"{where}pass `{survey.name}` may choose {grid}",
                     hint=f"leave {grid.bits} out of its choices, or {error.hint}",
                 ) from None
+
+
+def input_grid(passes: Sequence[AnyPass]) -> ActivationGrid | None:
+    """Return how the passes make inputs of layers be rounded, None when none does."""
+    return next((grid for one in passes if (grid := one.input_grid()) is not None), None)
+
+
+def cache_number(passes: Sequence[AnyPass]) -> ActivationNumber | None:
+    """Return what the passes make keys and values be rounded to, None when none does."""
+    return next((number for one in passes if (number := one.cache_number()) is not None), None)
 
 
 def packed_bytes(

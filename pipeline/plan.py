@@ -46,7 +46,7 @@ def make_plan(recipe: Recipe) -> Plan:
     target = _target(exporters)
     for one in passes:
         one.check(facts, target)
-        if Need.CALIBRATION in one.needs and not facts.has_tokenizer:
+        if Need.CALIBRATION in one.requires() and not facts.has_tokenizer:
             raise UsageError(
                 f"`{facts.source}` has no tokenizer",
                 where=f"pass `{one.name}` reads calibration text",
@@ -152,7 +152,7 @@ def _peak(recipe: Recipe, passes: Sequence[AnyPass], exporters: Sequence[AnyExpo
     if any(isinstance(one, BlockPass) for one in passes):
         largest = max((linear.out_features * linear.in_features for linear in facts.linears), default=0)
         sweep = block + _SEVERAL * 4 * largest
-    if any(Need.CALIBRATION in one.needs for one in passes) and recipe.calibration is not None:
+    if any(Need.CALIBRATION in one.requires() for one in passes) and recipe.calibration is not None:
         widest = max((linear.in_features for linear in facts.linears), default=0)
         hidden = min((linear.in_features for linear in facts.linears), default=0)
         tokens = recipe.calibration.samples * recipe.calibration.length

@@ -43,13 +43,20 @@ def passes_of(recipe: Recipe) -> list[AnyPass]:
                 where=f"{where}: it changes weights that `{rounded.name}` has put on a grid",
                 hint=f"put `{step.name}` first",
             )
-        if Need.CALIBRATION in made.needs and recipe.calibration is None:
+        built = made(_params(step, made.Params, where))
+        if built.input_grid() is not None and rounded is None:
+            raise UsageError(
+                f"`{step.name}` rounds the inputs of quantized layers",
+                where=f"{where}: no pass before it quantizes weights",
+                hint=f"put rtn or gptq before `{step.name}`",
+            )
+        if Need.CALIBRATION in built.requires() and recipe.calibration is None:
             raise UsageError(
                 f"`{step.name}` needs calibration data",
                 where=where,
                 hint="name it with --calibration FILE, or `calibration: {data: FILE}` in the recipe",
             )
-        passes.append(made(_params(step, made.Params, where)))
+        passes.append(built)
     for index, one in enumerate(passes):
         if isinstance(one, SurveyPass):
             one.prepare(passes[index + 1 :])

@@ -38,7 +38,7 @@ def run_sweep(
         For each pass, what it did.
     """
     skeleton = model.skeleton()
-    calibrated = any(Need.CALIBRATION in one.needs for one in passes)
+    calibrated = any(Need.CALIBRATION in one.requires() for one in passes)
     replay = _replay(skeleton, rows) if calibrated else None
     results = [PassResult() for _ in passes]
     title = " + ".join(one.name for one in passes)
@@ -52,6 +52,8 @@ def run_sweep(
                     if replay is not None and site is not last:
                         replay.finish(site, first=site is stack[0])
                     changed = {name: stored() for name, stored in block.changed.items()}
+                    model.store.inputs.update(block.inputs)
+                    model.store.caches.update(block.caches)
                     model.store.put(block.name, block.results, transposed=block.transposed, changed=changed)
                 step.advance(detail=site.name)
     return results
@@ -71,6 +73,8 @@ def _run(one: BlockPass[Any], block: LoadedBlock, context: PassContext) -> PassR
     chosen: list[Linear] = []
     for linear in block.linears:
         reason = one.left_alone(linear.name)
+        if reason is None and one.input_grid() is not None and linear not in block.results:
+            reason = "its weight stays in floating point"
         if reason is None:
             chosen.append(linear)
             _check_grid(one, linear, one.grid_for(linear.name, context.allocation))
@@ -85,7 +89,7 @@ def _run(one: BlockPass[Any], block: LoadedBlock, context: PassContext) -> PassR
 
 def _check_grid(one: BlockPass[Any], linear: Linear, grid: Grid | None) -> None:
     """Catch what the shard headers did not show, such as experts stored in one 3-D tensor."""
-    if grid is not None and not grid.divides(linear.in_features):
+    if grid is not None and not grid.divides(linear.in_features, linear.out_features):
         raise UsageError(
             f"cannot group `{linear.name}`",
             where=f"pass `{one.name}`: its {linear.in_features} input features are not a multiple of the group size",

@@ -146,4 +146,16 @@ def load(
     if missing or info.get("mismatched_keys"):
         wrong = missing or [str(key) for key in info["mismatched_keys"]]
         raise LlmoptError(f"transformers finds weights missing in `{directory}`", where=", ".join(sorted(wrong)[:5]))
+    _unpack(model)
     return TransformersSession(model.eval())
+
+
+def _unpack(model: Any) -> None:
+    """Let compressed-tensors unpack the weights now, and not at the first run: nvfp4 and mxfp4 become bfloat16."""
+    import torch
+
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None and hasattr(model, "ct_decompress_hook"):
+        with _silent():
+            compressor.decompress_model(model)
+        model.to(torch.float32)

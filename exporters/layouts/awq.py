@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ...core.activations import QuantizedInput
 from ...core.errors import UsageError
 from ...core.exports import ExportableModel
 from ...core.facts import ModelFacts
@@ -41,7 +42,13 @@ class Awq(Layout):
         """Refuse bits, groups, dtypes and shapes that the format or its readers have not."""
         return common.refusal(self.name, facts, grid, bits=(_BITS,))
 
-    def specs(self, shape: tuple[int, ...], dtype: str, grid: Grid) -> dict[str, TensorSpec]:
+    def specs(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        grid: Grid,
+        inputs: QuantizedInput | None = None,  # noqa: ARG002
+    ) -> dict[str, TensorSpec]:
         """Return the parts of a layer."""
         out_features, in_features = shape
         groups = in_features // grid.group_width(in_features)
@@ -51,7 +58,7 @@ class Awq(Layout):
             "scales": TensorSpec(f"torch.{dtype}", (groups, out_features)),
         }
 
-    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+    def pack(self, weight: QuantizedWeight, inputs: QuantizedInput | None = None) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the tensors of a layer."""
         return {
             "qweight": _pack(weight.codes.T),
@@ -59,7 +66,7 @@ class Awq(Layout):
             "scales": weight.scale.T.contiguous(),
         }
 
-    def unpack(self, parts: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
+    def unpack(self, parts: Mapping[str, Tensor], grid: Grid, dtype: str) -> QuantizedWeight:  # noqa: ARG002
         """Return the weight that the parts hold."""
         return common.stored_as(
             grid,

@@ -21,6 +21,7 @@ RUNTIME = "packed-codes"
 
 _GROUPS = (16, 32, 64, 128)
 _WORD = 32
+_INTEGERS = "its codes are integers"
 _DTYPES = ("float16", "bfloat16")
 
 
@@ -35,6 +36,8 @@ def refusal(name: str, facts: ModelFacts, grid: Grid, *, bits: Collection[int]) 
     """
     if refused := conv1d_refusal(name, facts):
         return refused
+    if grid.number != "int":
+        return UsageError(f"{name} cannot hold {grid} weights", where=_INTEGERS, hint="use format compressed-tensors")
     if grid.bits not in bits:
         return UsageError(
             f"{name} cannot hold {grid.bits}-bit weights",

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...core.activations import QuantizedInput
 from ...core.errors import UsageError
 from ...core.exports import ExportableModel
 from ...core.facts import ModelFacts
@@ -46,7 +47,13 @@ class GptqV2(Layout):
         """Refuse bits, groups, dtypes and shapes that the format or its readers have not."""
         return common.refusal(self.name, facts, grid, bits=_BITS)
 
-    def specs(self, shape: tuple[int, ...], dtype: str, grid: Grid) -> dict[str, TensorSpec]:
+    def specs(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        grid: Grid,
+        inputs: QuantizedInput | None = None,  # noqa: ARG002
+    ) -> dict[str, TensorSpec]:
         """Return the parts of a layer."""
         out_features, in_features = shape
         groups = in_features // grid.group_width(in_features)
@@ -57,7 +64,7 @@ class GptqV2(Layout):
             "g_idx": TensorSpec("torch.int32", (in_features,)),
         }
 
-    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+    def pack(self, weight: QuantizedWeight, inputs: QuantizedInput | None = None) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the tensors of a layer."""
         import torch
 
@@ -72,7 +79,7 @@ class GptqV2(Layout):
             "g_idx": torch.arange(in_features, dtype=torch.int32) // weight.grid.group_width(in_features),
         }
 
-    def unpack(self, parts: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
+    def unpack(self, parts: Mapping[str, Tensor], grid: Grid, dtype: str) -> QuantizedWeight:  # noqa: ARG002
         """Return the weight that the parts hold."""
         import torch
 

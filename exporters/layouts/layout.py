@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...core.activations import ActivationGrid, ActivationNumber, QuantizedInput
 from ...core.errors import UsageError
 from ...core.exports import ExportableModel
 from ...core.facts import ModelFacts
@@ -39,23 +40,51 @@ class Layout:
         """
         raise NotImplementedError
 
-    def specs(self, shape: tuple[int, ...], dtype: str, grid: Grid) -> dict[str, TensorSpec]:
+    def activations_refusal(
+        self,
+        grids: Collection[Grid],  # noqa: ARG002
+        inputs: ActivationGrid | None,
+        cache: ActivationNumber | None,
+    ) -> UsageError | None:
+        """Return why the layout or its readers cannot hold activations that are rounded so.
+
+        Args:
+            grids: every grid that weights are put on.
+            inputs: how the inputs of layers are rounded, None when they are not.
+            cache: what keys and values are rounded to, None when they are not.
+        """
+        return activations_refusal(self.name, inputs, cache)
+
+    def specs(
+        self, shape: tuple[int, ...], dtype: str, grid: Grid, inputs: QuantizedInput | None = None
+    ) -> dict[str, TensorSpec]:
         """Return the parts of a layer: dtype and shape of each.
 
         Args:
             shape: (out_features, in_features).
             dtype: the scale's, as torch names it ("float16").
             grid: the layer's.
+            inputs: the rounding of its input.
         """
         raise NotImplementedError
 
-    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+    def pack(self, weight: QuantizedWeight, inputs: QuantizedInput | None = None) -> dict[str, Tensor]:
         """Return the tensors of a layer by part."""
         raise NotImplementedError
 
-    def unpack(self, parts: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
-        """Return the weight that the parts hold; on another grid than `grid` where they contradict it."""
+    def unpack(self, parts: Mapping[str, Tensor], grid: Grid, dtype: str) -> QuantizedWeight:
+        """Return the weight that the parts hold; on another grid than `grid` where they contradict it.
+
+        Args:
+            parts: as `pack` gave them.
+            grid: the layer's.
+            dtype: the weight's, as torch names it.
+        """
         raise NotImplementedError
+
+    def others(self, model: ExportableModel) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return tensors beside those of the layers, by name."""
+        return {}
 
     def config(self, model: ExportableModel) -> dict[str, Any]:
         """Return the `quantization_config` for config.json, with no more keys than readers need.
@@ -68,6 +97,18 @@ class Layout:
     def notes(self, model: ExportableModel) -> list[str]:  # noqa: ARG002
         """Return what the user should know of the artifact and its readers."""
         return []
+
+
+def activations_refusal(name: str, inputs: ActivationGrid | None, cache: ActivationNumber | None) -> UsageError | None:
+    """Refuse rounded activations in a format that has no words for them."""
+    what = f"inputs of layers in {inputs}" if inputs else f"keys and values in {cache}" if cache else None
+    if what is None:
+        return None
+    return UsageError(
+        f"{name} cannot hold quantized activations",
+        where=what,
+        hint="use --export safetensors (format compressed-tensors), or leave the activations in floating point",
+    )
 
 
 def conv1d_refusal(name: str, facts: ModelFacts) -> UsageError | None:

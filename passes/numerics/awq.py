@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...core.quantized import Grid
-from .grid import Scales, codes_of, grouped, round_to_nearest, scales_of_range
+from .grid import Scales, grouped, levels_of, round_to_nearest, scales_of_range
 
 _ROWS = 512
 """Rows of each layer on which candidates are compared: one exponent is sought, and each row tells it anew."""
@@ -101,7 +101,7 @@ def clip_scales(weight: Tensor, blocks: Tensor, grid: Grid, dtype: torch.dtype) 
         tried = 1 - (1 - _SMALLEST_SHARE) * step / _SHRINK_STEPS
         scale, zero = scales_of_range(low * tried, high * tried, grid, dtype)
         wide, offset = scale.float().unsqueeze(-1), zero.unsqueeze(-1)
-        difference = codes_of(groups, wide, offset, grid).sub_(offset).mul_(wide).sub_(groups)
+        difference = levels_of(groups, wide, offset, grid).sub_(offset).mul_(wide).sub_(groups)
         error = output_errors(difference.reshape(weight.shape), blocks).reshape(*low.shape, -1).sum(-1)
         better = error < best
         best = torch.where(better, error, best)

@@ -1,17 +1,22 @@
-"""Putting a weight on a uniform grid: choosing scales and zero points, and rounding."""
+"""Putting a weight on a grid: choosing scales and zero points, and rounding."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...core.quantized import Grid, QuantizedWeight
+from ...core.quantized import BLOCK, E2M1, Grid, Number, QuantizedWeight
 
 _SHRINK_STEPS = 48
 _SMALLEST_SHARE = 0.4
 """The clip search tries ranges from the full one down to this share of it."""
+_LARGEST: dict[Number, float] = {"fp8": 448.0, "nvfp4": 6.0, "mxfp4": 6.0}
+_MX_LIMIT = 7.0
+_E2M1_BORDERS = (0.25, math.nextafter(0.75, 0), 1.25, math.nextafter(1.75, 0), 2.5, math.nextafter(3.5, 0), 5.0)
+"""Where numbers of e2m1 are rounded up; halfway to the one whose last bit is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,33 +24,48 @@ class Scales:
     """Scale and zero point of each group.
 
     Attributes:
-        scale: (out_features, groups), or (1, 1) per tensor; of the dtype that will be stored.
-        zero: same shape, float32; the midpoint everywhere when the grid is symmetric.
+        scale: (out_features, groups), (1, 1) per tensor, one for each block; of the dtype that will be stored.
+        zero: same shape, float32; the midpoint everywhere when the grid is symmetric, 0 for floating-point grids.
         grid: the grid they belong to.
+        divisor: (1,) float32, see `QuantizedWeight`.
     """
 
     scale: Tensor
     zero: Tensor
     grid: Grid
+    divisor: Tensor | None = None
+
+    @property
+    def steps(self) -> Tensor:
+        """What a number is multiplied by, shaped like `scale`, float32."""
+        return self.scale.float() if self.divisor is None else self.scale.float() / self.divisor
 
     def columns(self, in_features: int) -> tuple[Tensor, Tensor]:
-        """Return scale and zero point of every column, each (out_features or 1, in_features) float32."""
+        """Return step and zero point of every column, each (rows of groups, in_features) float32."""
         repeats = in_features // self.scale.shape[1]
-        return self.scale.float().repeat_interleave(repeats, 1), self.zero.repeat_interleave(repeats, 1)
+        return self.steps.repeat_interleave(repeats, 1), self.zero.repeat_interleave(repeats, 1)
 
-    def weight(self, codes: Tensor) -> QuantizedWeight:
-        """Join these scales with `codes`, (out_features, in_features), into a quantized weight."""
+    def weight(self, levels: Tensor) -> QuantizedWeight:
+        """Join these scales with `levels`, (out_features, in_features), into a quantized weight."""
         zero = None if self.grid.symmetric else self.zero.to(torch.uint8)
-        return QuantizedWeight(codes=codes.to(torch.uint8), scale=self.scale, zero_point=zero, grid=self.grid)
+        codes = encode(levels, self.grid)
+        return QuantizedWeight(codes=codes, scale=self.scale, zero_point=zero, grid=self.grid, divisor=self.divisor)
 
 
 def fit_scales(
-    weight: Tensor, grid: Grid, dtype: torch.dtype, *, clip: bool = False, importance: Tensor | None = None
+    weight: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    *,
+    clip: bool = False,
+    importance: Tensor | None = None,
+    largest: float | None = None,
 ) -> Scales:
     """Choose scale and zero point of each group.
 
-    Symmetric: scale = max|w| / ((2^bits - 1) / 2), as compressed-tensors has it. Asymmetric: the range of the group,
-    widened to hold zero, over 2^bits - 1 steps. Scales are rounded to `dtype` before anything is rounded with them.
+    Symmetric: scale = max|w| / ((2^bits - 1) / 2), as compressed-tensors has it; of floating-point grids max|w| over
+    the largest number. Asymmetric: the range of the group, widened to hold zero, over 2^bits - 1 steps. Scales are
+    rounded to `dtype` before anything is rounded with them.
 
     Args:
         weight: (out_features, in_features) float32.
@@ -53,77 +73,162 @@ def fit_scales(
         dtype: the dtype scales will be stored in.
         clip: search, for each group, the share of its range that minimizes the squared error.
         importance: (in_features,), weights of the squared error of each column; all equal when None.
+        largest: the largest magnitude among the weights that share nvfp4's divisor; of this weight when None.
     """
     groups = grouped(weight, grid)
     low, high = groups.amin(-1), groups.amax(-1)
+    divisor = _divisor(low, high, largest) if grid.number == "nvfp4" else None
     share = torch.ones_like(low)
     if clip:
-        share = _best_share(groups, low, high, grid, dtype, importance=_grouped_importance(importance, groups, weight))
-    scale, zero = scales_of_range(low * share, high * share, grid, dtype)
-    return Scales(scale, zero, grid)
+        wanted = _grouped_importance(importance, weight, grid)
+        share = _best_share(groups, low, high, grid, dtype, divisor=divisor, importance=wanted)
+    scale, zero = scales_of_range(low * share, high * share, grid, dtype, divisor)
+    return Scales(scale, zero, grid, divisor)
 
 
 def round_to(weight: Tensor, scales: Scales) -> Tensor:
-    """Return the nearest code of every weight, (out_features, in_features) uint8."""
+    """Return the nearest level of every weight, (out_features, in_features) float32."""
     groups = grouped(weight, scales.grid)
-    scale, zero = scales.scale.float().unsqueeze(-1), scales.zero.unsqueeze(-1)
-    return codes_of(groups, scale, zero, scales.grid).reshape(weight.shape).to(torch.uint8)
+    steps, zero = scales.steps.unsqueeze(-1), scales.zero.unsqueeze(-1)
+    return _ungrouped(levels_of(groups, steps, zero, scales.grid), weight.shape, scales.grid)
 
 
 def round_to_nearest(
-    weight: Tensor, grid: Grid, dtype: torch.dtype, *, clip: bool = False, importance: Tensor | None = None
+    weight: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    *,
+    clip: bool = False,
+    importance: Tensor | None = None,
+    largest: float | None = None,
 ) -> QuantizedWeight:
     """Quantize without looking at data (RTN)."""
-    scales = fit_scales(weight, grid, dtype, clip=clip, importance=importance)
+    scales = fit_scales(weight, grid, dtype, clip=clip, importance=importance, largest=largest)
     return scales.weight(round_to(weight, scales))
 
 
 def grouped(weight: Tensor, grid: Grid) -> Tensor:
-    """Return a view of a weight by groups, (out_features, groups, width); (1, 1, all) per tensor."""
-    out_features, in_features = weight.shape
-    if grid.group_size == "tensor":
-        return weight.reshape(1, 1, -1)
-    return weight.reshape(out_features, -1, grid.group_width(in_features))
+    """Return a weight by groups, (rows of groups, groups in a row, weights in a group); a view but for blocks."""
+    rows, columns = grid.scale_shape(*weight.shape)
+    if grid.group_size != "block":
+        return weight.reshape(rows, columns, -1)
+    return weight.reshape(rows, BLOCK, columns, BLOCK).transpose(1, 2).reshape(rows, columns, -1)
 
 
-def _grouped_importance(importance: Tensor | None, groups: Tensor, weight: Tensor) -> Tensor | None:
+def _ungrouped(groups: Tensor, shape: torch.Size, grid: Grid) -> Tensor:
+    if grid.group_size != "block":
+        return groups.reshape(shape)
+    return groups.unflatten(-1, (BLOCK, BLOCK)).transpose(1, 2).reshape(shape)
+
+
+def _grouped_importance(importance: Tensor | None, weight: Tensor, grid: Grid) -> Tensor | None:
     if importance is None:
         return None
     normalized = importance / importance.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return normalized.expand_as(weight).reshape(groups.shape)
+    return grouped(normalized.expand_as(weight), grid)
 
 
-def codes_of(groups: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """Return the nearest codes of weights in groups, as float32; `scale` and `zero` have a last dimension of 1."""
-    return (groups / scale).round_().add_(zero).clamp_(0, grid.levels - 1)
+def levels_of(groups: Tensor, steps: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """Return the nearest levels of weights in groups, as float32; `steps` and `zero` have a last dimension of 1.
+
+    A level is an integer code, or the number that a floating-point code stands for: (level - zero) * step is the
+    weight.
+    """
+    scaled = groups / steps
+    if grid.number == "int":
+        return scaled.round_().add_(zero).clamp_(0, grid.levels - 1)
+    return nearest_number(scaled, grid.number)
 
 
-def scales_of_range(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def nearest_number(values: Tensor, number: Number) -> Tensor:
+    """Return the nearest number of a floating-point kind, ties to even, the largest for what is beyond it; float32."""
+    if number == "fp8":
+        return values.clamp(-_LARGEST["fp8"], _LARGEST["fp8"]).to(torch.float8_e4m3fn).float()
+    table = values.new_tensor(E2M1[:8])
+    places = torch.bucketize(values.abs(), values.new_tensor(_E2M1_BORDERS), out_int32=True)
+    return table[places].copysign_(values)
+
+
+def encode(levels: Tensor, grid: Grid) -> Tensor:
+    """Return the codes of levels, uint8."""
+    if grid.number == "int":
+        return levels.to(torch.uint8)
+    levels = levels.float() + 0.0  # there is one zero: -0 + 0 = 0
+    if grid.number == "fp8":
+        return levels.to(torch.float8_e4m3fn).view(torch.uint8)
+    places = torch.searchsorted(levels.new_tensor(E2M1[:8]), levels.abs(), out_int32=True)
+    return (places + 8 * (levels < 0)).to(torch.uint8)
+
+
+def decode(codes: Tensor, grid: Grid) -> Tensor:
+    """Return the levels of codes, float32: the inverse of `encode`."""
+    if grid.values is None:
+        return codes.float()
+    return torch.tensor(grid.values)[codes.int()]
+
+
+def scales_of_range(
+    low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype, divisor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return scale (of `dtype`) and zero point (float32) of groups that reach from `low` to `high`."""
+    if grid.number != "int":
+        return _float_scales(torch.maximum(low.abs(), high.abs()), grid.number, dtype, divisor), torch.zeros_like(low)
     steps = grid.levels - 1
     if grid.symmetric:
         scale = torch.maximum(low.abs(), high.abs()) / (steps / 2)
     else:
         low, high = low.clamp_max(0), high.clamp_min(0)
         scale = (high - low) / steps
-    scale = scale.to(dtype)
-    # A group of zeros, or one too small for the dtype, is exact with any scale: the codes sit on the zero point.
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scale = _without_zeros(scale.to(dtype))
     if grid.symmetric:
         return scale, torch.full_like(low, grid.midpoint)
     return scale, (-low / scale.float()).round_().clamp_(0, steps)
 
 
+def _float_scales(top: Tensor, number: Number, dtype: torch.dtype, divisor: Tensor | None) -> Tensor:
+    """Return the scales of groups whose largest magnitude is `top`."""
+    scale = top / _LARGEST[number]
+    if number == "nvfp4":
+        assert divisor is not None
+        scale = nearest_number(scale * divisor, "fp8")
+    elif number == "mxfp4":
+        # The power of two that brings the largest weight below 7, which is rounded to 6; 7 and more goes up.
+        exponent = torch.frexp(top / _MX_LIMIT)[1].float()
+        smallest, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+        scale = torch.exp2(exponent).clamp_(smallest, 2.0 ** math.floor(math.log2(largest)))
+        return torch.where(top == 0, 1.0, scale).to(dtype)
+    return _without_zeros(scale.to(dtype))
+
+
+def _without_zeros(scale: Tensor) -> Tensor:
+    """Put 1 for a scale of zero: a group of zeros, or one too small for the dtype, sits on zero with any scale."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _divisor(low: Tensor, high: Tensor, largest: float | None) -> Tensor:
+    """Return nvfp4's divisor: with it the scale of the group with the largest weight is the largest e4m3 number."""
+    top = float(torch.maximum(low.abs(), high.abs()).max()) if largest is None else largest
+    wanted = _LARGEST["fp8"] * _LARGEST["nvfp4"] / top if top else 1.0
+    return torch.tensor([min(wanted, torch.finfo(torch.float32).max)], dtype=torch.float32)
+
+
 def _best_share(
-    groups: Tensor, low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype, *, importance: Tensor | None
+    groups: Tensor,
+    low: Tensor,
+    high: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    *,
+    divisor: Tensor | None,
+    importance: Tensor | None,
 ) -> Tensor:
     best = torch.full_like(low, float("inf"))
     share = torch.ones_like(low)
     for step in range(_SHRINK_STEPS + 1):
         tried = 1 - (1 - _SMALLEST_SHARE) * step / _SHRINK_STEPS
-        scale, zero = scales_of_range(low * tried, high * tried, grid, dtype)
-        wide, offset = scale.float().unsqueeze(-1), zero.unsqueeze(-1)
-        error = codes_of(groups, wide, offset, grid).sub_(offset).mul_(wide).sub_(groups).square_()
+        scale, zero = scales_of_range(low * tried, high * tried, grid, dtype, divisor)
+        wide, offset = Scales(scale, zero, grid, divisor).steps.unsqueeze(-1), zero.unsqueeze(-1)
+        error = levels_of(groups, wide, offset, grid).sub_(offset).mul_(wide).sub_(groups).square_()
         if importance is not None:
             error.mul_(importance)
         total = error.sum(-1)

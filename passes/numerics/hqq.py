@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...core.quantized import Grid, QuantizedWeight
-from .grid import Scales, codes_of, grouped, round_to
+from .grid import Scales, grouped, levels_of, round_to
 
 _WEIGHTS = 1 << 20
 """Weights worked on at a time."""
@@ -83,7 +83,7 @@ def _solve(groups: Tensor, start: Scales, splitting: Splitting) -> tuple[Tensor,
     beta = splitting.beta
     for index in range(splitting.iterations + 1):
         wide = scale.float().unsqueeze(-1)
-        centred = codes_of(groups, wide, zero.unsqueeze(-1), grid).sub_(zero.unsqueeze(-1))
+        centred = levels_of(groups, wide, zero.unsqueeze(-1), grid).sub_(zero.unsqueeze(-1))
         error = groups / wide - centred
         total = error.square().sum(-1) * scale.float().square()
         better = total < least

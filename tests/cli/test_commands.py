@@ -62,7 +62,7 @@ def test_a_budget_puts_the_allocation_before_the_method(llmopt, pipeline):
         ("--budget 4.5bpw", "--budget needs calibration data"),
         ("--measure kl", "--measure needs a budget"),
         ("--method autoround", "--method autoround needs calibration data"),
-        ("--scheme w4a8", "unknown scheme `w4a8`"),
+        ("--scheme w4a9", "unknown scheme `w4a9`"),
         ("--scheme w9a16", "unknown scheme `w9a16`"),
         ("--method awk", "unknown method `awk`"),
         ("--method gptq", "--method gptq needs calibration data"),

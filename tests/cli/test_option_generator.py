@@ -85,7 +85,11 @@ def test_a_shared_parameter_reaches_both(call):
         (["--share", "much"], "bad value for --share: much", "number, above 0, at most 1"),
         (["--level", "10"], "bad value for --level: 10", "integer, at least 1, at most 9"),
         (["--level", "1.5"], "bad value for --level: 1.5", "integer, at least 1, at most 9"),
-        (["--group-size", "tensr"], "bad value for --group-size: tensr", "integer, at least 1 or channel or tensor"),
+        (
+            ["--group-size", "tensr"],
+            "bad value for --group-size: tensr",
+            "integer, at least 1 or block or channel or tensor",
+        ),
         (["--mode", "god"], "bad value for --mode: god", "fast or good"),
     ],
 )
@@ -104,7 +108,7 @@ def test_a_misspelt_choice_gets_the_nearest(call):
 
 def test_help_shows_range_default_and_who_knows_it(call):
     text = " ".join(call.help.split())
-    assert "--group-size N|channel|tensor Only for one. Weights along" in text
+    assert "--group-size N|block|channel|tensor Only for one. Weights along" in text
     assert "[at least 1; default: 128]" in text
     assert "--symmetric / --asymmetric" in text
     assert "[default: symmetric]" in text
@@ -136,7 +140,7 @@ def test_bad_pairs(text):
 
 def test_parameters_in_words():
     known = {item.name: item for item in parameters(One)}
-    assert known["group_size"].words == "integer, at least 1 or `channel` or `tensor`"
-    assert known["note"].words == "text or nothing"
+    assert known["group_size"].words == "integer, at least 1 or `block` or `channel` or `tensor`"
+    assert known["note"].words == "text"
     assert known["ignore"].default_text == ""
     assert known["symmetric"].default_text == "true"

@@ -72,7 +72,7 @@ def test_codes_come_back(name, data):
         part: (spec.dtype, spec.shape) for part, spec in specs.items()
     }
     assert all(tensor.is_contiguous() for tensor in parts.values())
-    assert same(layout.unpack(parts, weight.grid), weight)
+    assert same(layout.unpack(parts, weight.grid, str(weight.scale.dtype).removeprefix("torch.")), weight)
 
 
 def field(words, index, bits):
@@ -200,7 +200,7 @@ class TestWords:
         layout = LAYOUTS.load(name)()
         parts = layout.pack(weight)
         parts["qzeros"][0, 0] += 1
-        read = layout.unpack(parts, weight.grid)
+        read = layout.unpack(parts, weight.grid, str(weight.scale.dtype).removeprefix("torch."))
         assert read.grid.symmetric is False
         assert int(read.zero_point[0, 0]) == 9
 
