@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from .producers import Part, Producer, linear_candidates, norm_candidates, same
 from .replay import Answer, Replay, distance
 from .skeleton import BlockSite, Skeleton, View
 from .watch import Sighting, Unit, Watch, same_input
+
+_LOOK_TOKENS = 256
+"""How many tokens are enough to see in what order the layers of a block are reached."""
 
 _TRIAL_BATCHES = 2
 """How many calibration batches `output_error` looks at."""
@@ -163,10 +167,9 @@ class LoadedBlock:
     def stages(self) -> list[Stage]:
         """Return the block's products in the order in which the forward pass reaches them."""
         if self._order_seen is None:
-            seen: dict[Unit, Sighting] = {}
             norms: list[tuple[str, nn.Module, Tensor]] = []
             with self._watching_norms(norms):
-                self._run(0, self._addresses(), lambda unit, tensor: _sight(seen, unit, tensor))
+                seen = self._look()
             self._once = {unit: sighting.times == 1 for unit, sighting in seen.items()}
             self._order_seen = list(self._order(seen))
             self._norms = {
@@ -178,6 +181,18 @@ class LoadedBlock:
                 for read in [seen[unit].input]
             }
         return self._order_seen
+
+    def _look(self) -> dict[Unit, Sighting]:
+        """Run a few tokens through the block, and whole batches only while a layer has not been seen."""
+        addresses = self._addresses()
+        seen: dict[Unit, Sighting] = {}
+        for index, tokens in [(0, _LOOK_TOKENS), *((index, None) for index in range(len(self._samples)))]:
+            run: dict[Unit, Sighting] = {}
+            self._run(index, addresses, partial(_sight, run), tokens=tokens)
+            _add_sightings(seen, run)
+            if {name for name, _ in seen} == {name for name, _ in addresses.values()}:
+                break
+        return seen
 
     def collect(self, stage: Stage, receive: Callable[[Product, Tensor], None]) -> None:
         """Run the calibration samples as far as `stage`; see `core.model.Block`."""
@@ -309,8 +324,15 @@ class LoadedBlock:
         assert self._replay is not None, "the plan gives calibration data to every pass that needs it"
         return self._replay
 
-    def _run(self, index: int, addresses: dict[int, Unit], receive: Callable[[Unit, Tensor], None]) -> None:
-        args, kwargs = self._samples.call(self._site, index)
+    def _run(
+        self,
+        index: int,
+        addresses: dict[int, Unit],
+        receive: Callable[[Unit, Tensor], None],
+        *,
+        tokens: int | None = None,
+    ) -> None:
+        args, kwargs = self._samples.call(self._site, index, tokens=tokens)
         with torch.no_grad(), Watch(addresses, receive):
             try:
                 self._site.module(*args, **kwargs)
@@ -365,6 +387,13 @@ def _sight(seen: dict[Unit, Sighting], unit: Unit, tensor: Tensor) -> None:
         seen[unit].times += 1
     else:
         seen[unit] = Sighting(tensor)
+
+
+def _add_sightings(seen: dict[Unit, Sighting], run: dict[Unit, Sighting]) -> None:
+    """Add what a further run has shown: new units, and how often one run meets a unit at most."""
+    for unit, sighting in run.items():
+        known = seen.setdefault(unit, sighting)
+        known.times = max(known.times, sighting.times)
 
 
 @contextmanager

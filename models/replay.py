@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core.errors import LlmoptError
 from .skeleton import BlockSite, Skeleton
+from .states import States, first_rows
 
 Batch = dict[str, Tensor]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -51,19 +53,31 @@ class Replay:
     Args:
         skeleton: the model; what lies outside its blocks must be loadable on demand.
         batches: model inputs, rows of equal length in each.
+        keep: makes a place for the outputs of a stack of blocks.
     """
 
-    def __init__(self, skeleton: Skeleton, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        batches: Sequence[Batch],
+        keep: Callable[[], States] = lambda: States(torch.float32),
+    ) -> None:
         self._skeleton = skeleton
         self._batches = batches
-        self._finished: list[tuple[list[BlockSite], list[Any]]] = []
+        self._keep = keep
+        self._finished: list[tuple[list[BlockSite], States]] = []
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return len(self._batches)
 
-    def call(self, site: BlockSite, index: int) -> Call:
+    def call(self, site: BlockSite, index: int, *, tokens: int | None = None) -> Call:
         """Return the arguments with which the model calls block `site` on batch `index`.
+
+        Args:
+            site: the block.
+            index: the batch.
+            tokens: only so many of its rows as hold this many tokens; all of them by default.
 
         Raises:
             LlmoptError: the forward pass never comes to the block.
@@ -74,9 +88,11 @@ class Replay:
             caught.append((args, kwargs))
             raise _Caught
 
-        with _replaced([(site.module, catch), *self._stubs(index)]), torch.no_grad():
+        rows = None if tokens is None else self._rows_of(index, tokens)
+        batch = {name: tensor[:rows] for name, tensor in self._batches[index].items()}
+        with _replaced([(site.module, catch), *self._stubs(index, rows)]), torch.no_grad():
             try:
-                self._skeleton.model(**self._batches[index])
+                self._skeleton.model(**batch)
             except _Caught:
                 return caught[0]
             except IndexError as error:
@@ -97,16 +113,14 @@ class Replay:
             site: the block, its final weights loaded.
             first: whether it is the first of its stack.
         """
-        outputs: list[Any] = []
+        sites, outputs = ([], self._keep()) if first else self._finished[-1]
         for index in range(len(self._batches)):
             args, kwargs = self.call(site, index)
             with torch.no_grad():
-                outputs.append(site.module(*args, **kwargs))
+                outputs[index] = site.module(*args, **kwargs)
         if first:
-            self._finished.append(([site], outputs))
-        else:
-            sites, _ = self._finished[-1]
-            self._finished[-1] = ([*sites, site], outputs)
+            self._finished.append((sites, outputs))
+        sites.append(site)
 
     def answer(self, site: BlockSite, index: int, made: Any, read: Callable[[str], Tensor]) -> Answer:
         """Run the model on a batch from block `site` on, the blocks after it loaded one after another.
@@ -127,12 +141,19 @@ class Replay:
             return Answer(torch.log_softmax(outputs["logits"].float(), -1), True)
         return Answer(next(value for value in outputs.values() if isinstance(value, Tensor)), False)
 
-    def _stubs(self, index: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        return [
-            (site.module, lambda *_, _output=outputs[index], **__: _output)
-            for sites, outputs in self._finished
-            for site in sites
-        ]
+    def _rows_of(self, index: int, tokens: int) -> int:
+        length = next(iter(self._batches[index].values())).shape[1]
+        return -(-tokens // length)
+
+    def _stubs(self, index: int, rows: int | None = None) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """Return what stands in for the finished blocks on a batch: each stack's last output, fetched once."""
+        whole = len(next(iter(self._batches[index].values())))
+
+        def stub(outputs: States) -> Callable[..., Any]:
+            fetch = cache(lambda: outputs[index] if rows is None else first_rows(outputs[index], rows, whole))
+            return lambda *_, **__: fetch()
+
+        return [(site.module, made) for sites, outputs in self._finished for made in [stub(outputs)] for site in sites]
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from ..core.quantized import Grid
 from .weights import WeightParams, WeightPass
 
 if TYPE_CHECKING:
-    from .numerics.gptq import Hessian
+    from .numerics.hessian import Hessian
 
 
-_STACKED_WEIGHTS = 1 << 25
+_STACKED_WEIGHTS = 1 << 23
 """Layers that see the same input are rounded together up to this many weights."""
 
 
@@ -26,11 +26,20 @@ class GptqParams(WeightParams, frozen=True, kw_only=True):
     act_order: Annotated[
         bool, Meta(description="Round the columns with the most active inputs first; the artifact needs no reordering.")
     ] = True
+    prefits: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=20,
+            description="How often scales are fitted, before rounding, to the codes that each group gets by itself: "
+            "cheap.",
+        ),
+    ] = 2
     refits: Annotated[
         Annotated[int, Meta(ge=0, le=20)] | None,
         Meta(
-            description="How often scales are fitted to the codes by least squares, and codes chosen again; by default "
-            "3 up to 3 bits, 1 at 4 bits, 0 above.",
+            description="How often scales are fitted to the codes after rounding, which takes as long as rounding; "
+            "before each further time codes are chosen again. By default 1 up to 3 bits, 0 above.",
         ),
     ] = None
     damping: Annotated[
@@ -74,7 +83,7 @@ class Gptq(WeightPass[GptqParams]):
         return result
 
     def _run_stage(self, block: Block, stage: Stage, context: PassContext) -> PassResult:
-        from .numerics.gptq import Hessian
+        from .numerics.hessian import Hessian
 
         hessians = {product: Hessian(product.in_features) for product in stage}
         block.collect(stage, lambda product, rows: hessians[product].add(rows))
@@ -86,8 +95,9 @@ class Gptq(WeightPass[GptqParams]):
     def _quantize(self, block: Block, product: Product, hessian: Hessian, context: PassContext) -> PassResult:
         import torch
 
-        from .numerics.gptq import factorize, gptq
+        from .numerics.gptq import gptq
         from .numerics.grid import round_to_nearest
+        from .numerics.hessian import factorize
 
         dtype, clip = getattr(torch, block.dtype), self.params.clip == "mse"
         names = [linear.name for linear in product.linears]
@@ -111,7 +121,8 @@ class Gptq(WeightPass[GptqParams]):
             (self.scheme(linear.name, context.allocation), linear) for linear in product.linears
         ):
             weight = torch.cat([block.weight(linear) for linear in group]) if len(group) > 1 else block.weight(group[0])
-            quantized, _ = gptq(weight, factor, grid, dtype, clip=clip, refits=self._refits(grid.bits))
+            prefits, refits = self.params.prefits, self._refits(grid.bits)
+            quantized, _ = gptq(weight, factor, grid, dtype, clip=clip, prefits=prefits, refits=refits)
             start = 0
             for linear in group:
                 block.quantize(linear, quantized.rows(start, start + linear.out_features))
@@ -122,7 +133,7 @@ class Gptq(WeightPass[GptqParams]):
         """Return how often to refit: on a coarse grid scales matter more than anything else, on a fine one hardly."""
         if self.params.refits is not None:
             return self.params.refits
-        return 3 if bits <= 3 else 1 if bits == 4 else 0
+        return 1 if bits <= 3 else 0
 
 
 def _stacks(layers: Iterable[tuple[Grid, Linear]]) -> list[tuple[Grid, list[Linear]]]:

@@ -20,6 +20,7 @@ from ..models.handle import TorchModel
 from ..models.outside import outside_on_demand
 from ..models.replay import Replay
 from ..models.skeleton import Skeleton
+from ..models.states import States
 from ..models.text import batches
 
 
@@ -39,7 +40,7 @@ def run_sweep(
     """
     skeleton = model.skeleton()
     calibrated = any(Need.CALIBRATION in one.needs for one in passes)
-    replay = _replay(skeleton, rows) if calibrated else None
+    replay = _replay(model, skeleton, rows) if calibrated else None
     results = [PassResult() for _ in passes]
     title = " + ".join(one.name for one in passes)
     last = skeleton.sites[-1]
@@ -57,13 +58,14 @@ def run_sweep(
     return results
 
 
-def _replay(skeleton: Skeleton, rows: Sequence[Sequence[int]]) -> Replay:
+def _replay(model: TorchModel, skeleton: Skeleton, rows: Sequence[Sequence[int]]) -> Replay:
     if skeleton.model.main_input_name != "input_ids":
         raise UsageError(
             f"{type(skeleton.model).__name__} takes {skeleton.model.main_input_name}, calibration data is text",
             hint="use rtn, which needs no calibration data",
         )
-    return Replay(skeleton, batches(rows, decoder=bool(skeleton.config.is_encoder_decoder)))
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(model.facts.dtype, torch.float32)
+    return Replay(skeleton, batches(rows, decoder=bool(skeleton.config.is_encoder_decoder)), lambda: States(dtype))
 
 
 def _run(one: BlockPass[Any], block: LoadedBlock, context: PassContext) -> PassResult:

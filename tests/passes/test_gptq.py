@@ -8,8 +8,9 @@ from llmopt.core.model import Linear, Product
 from llmopt.core.passes import PassContext
 from llmopt.models.text import batches
 from llmopt.passes.gptq import Gptq, GptqParams
-from llmopt.passes.numerics.gptq import Hessian, factorize, gptq
+from llmopt.passes.numerics.gptq import gptq
 from llmopt.passes.numerics.grid import round_to_nearest
+from llmopt.passes.numerics.hessian import Hessian, factorize
 from llmopt.pipeline.sweep import run_sweep
 
 DENSE = ["llama", "gpt2", "phi3", "t5", "bert", "gemma3", "opt", "gpt_neox"]
@@ -20,7 +21,7 @@ ROWS = random_rows(12, 32)
 def swept(folder, work, rows=ROWS, **params):
     """Return the handle after GPTQ, and what the pass says."""
     model = open_model(folder, work)
-    settings = {"group_size": 32, "act_order": True, "refits": 0} | params
+    settings = {"group_size": 32, "act_order": True, "prefits": 0, "refits": 0} | params
     (result,) = run_sweep(model, [Gptq(GptqParams(**settings))], rows, PassContext())
     return model, result
 

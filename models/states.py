@@ -1,0 +1,74 @@
+"""What a finished block returned on every calibration batch, in the model's own dtype, on disk when it is too much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class States:
+    """Outputs by batch.
+
+    Args:
+        dtype: floating-point numbers are kept in it where it is narrower than they are and holds them all.
+        folder: where outputs are kept that do not fit; None keeps all in memory.
+        limit: bytes to keep in memory.
+    """
+
+    def __init__(self, dtype: torch.dtype, folder: Path | None = None, limit: int = 0) -> None:
+        self._dtype = dtype
+        self._folder = folder
+        self._limit = limit
+        self._kept: dict[int, Any] = {}
+
+    def __setitem__(self, batch: int, output: Any) -> None:
+        """Keep the output of a batch in the place of a former one."""
+        self._kept.pop(batch, None)
+        narrow = _mapped(output, self._narrow)
+        if self._folder is not None and sum(map(_nbytes, self._kept.values())) + _nbytes(narrow) > self._limit:
+            torch.save(narrow, self._file(batch))
+        else:
+            self._kept[batch] = narrow
+
+    def __getitem__(self, batch: int) -> Any:
+        """Return the output of a batch, in float32."""
+        output = self._kept[batch] if batch in self._kept else torch.load(self._file(batch))
+        return _mapped(output, _widened)
+
+    def _file(self, batch: int) -> Path:
+        assert self._folder is not None, "without a folder everything is kept in memory"
+        return self._folder / f"states-{batch:06d}.pt"
+
+    def _narrow(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.itemsize <= self._dtype.itemsize:
+            return tensor
+        narrow = tensor.to(self._dtype)
+        return narrow if bool(torch.isfinite(narrow.sum())) or bool(torch.isfinite(narrow).all()) else tensor
+
+
+def first_rows(output: Any, rows: int, batch: int) -> Any:
+    """Return the first rows of every tensor that holds one entry for each of the `batch` rows."""
+    return _mapped(output, lambda tensor: tensor[:rows] if tensor.ndim and len(tensor) == batch else tensor)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return what a block returned, a tensor or a tuple of things, with its tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return tuple(_mapped(one, change) for one in value)
+    return value
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(_nbytes, value)) if isinstance(value, tuple) else 0
