@@ -16,6 +16,7 @@ from ..core.quantized import QuantizedWeight
 from .producers import Part, Producer, linear_candidates, norm_candidates, same
 from .replay import Answer, Replay, distance
 from .skeleton import BlockSite, Skeleton, View
+from .store import dequantize_into
 from .watch import Sighting, Unit, Watch, same_input
 
 _LOOK_TOKENS = 256
@@ -30,7 +31,7 @@ class _Enough(Exception):  # noqa: N818  (control flow, no error)
 
 
 class LoadedBlock:
-    """A block whose weights are in memory as float32; without calibration samples each only from its first use.
+    """A block whose weights are in memory as float32; without calibration samples as stored, each from its first use.
 
     Args:
         skeleton: the model.
@@ -38,6 +39,11 @@ class LoadedBlock:
         read: gives a checkpoint tensor by name.
         dtype: the dtype its weights are stored in.
         replay: the calibration samples, None when no pass needs them.
+
+    Attributes:
+        results: the quantized layers.
+        changed: floating-point checkpoint tensors that are different now.
+        expert_tokens: how many calibration tokens came to each expert.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class LoadedBlock:
         self.dtype = dtype
         self.results: dict[Linear, QuantizedWeight] = {}
         self.changed: dict[str, Callable[[], Tensor]] = {}
+        self.expert_tokens: dict[Unit, int] = {}
         self._order_seen: list[Stage] | None = None
         self._norms: dict[Unit, list[tuple[str, nn.Module]]] = {}
         self._producers: dict[Linear, Producer | None] = {}
@@ -74,8 +81,12 @@ class LoadedBlock:
 
     def weight(self, linear: Linear) -> Tensor:
         """Return the current weight, (out_features, in_features) float32; not to be written to."""
+        return self.stored(linear).float()
+
+    def stored(self, linear: Linear) -> Tensor:
+        """Return the current weight in the dtype it is held in; see `core.model.Block`."""
         if self._replay is None and linear in self.results:
-            return self.results[linear].dequantize().float()
+            return self.results[linear].dequantize()
         return self._view(self._views[linear])
 
     def quantize(self, linear: Linear, weight: QuantizedWeight) -> None:
@@ -84,7 +95,7 @@ class LoadedBlock:
         if self._replay is None:
             self._release(linear)
         else:
-            self._view(self._views[linear]).copy_(weight.dequantize().float())
+            dequantize_into(self._view(self._views[linear]), weight)
         self.changed.pop(f"{linear.name}.weight", None)
 
     def update(self, linear: Linear, weight: Tensor) -> None:
@@ -199,6 +210,7 @@ class LoadedBlock:
         units = {self._unit(product.linears[0]): product for product in stage}
         addresses = {address: unit for address, unit in self._addresses().items() if unit in units}
         single = all(unit[1] is None and self._once.get(unit, False) for unit in units)
+        tokens = dict.fromkeys(units, 0)
         for index in range(len(self._samples)):
             missing = set(units)
 
@@ -211,12 +223,14 @@ class LoadedBlock:
                         where=f"calibration batch {index + 1} of {len(self._samples)}",  # noqa: B023
                         hint="the model overflows on this text: check its weights",
                     )
+                tokens[unit] += len(rows)
                 receive(product, rows)
                 missing.discard(unit)
                 if single and not missing:
                     raise _Enough
 
             self._run(index, addresses, see)
+        self.expert_tokens.update({unit: seen for unit, seen in tokens.items() if unit[1] is not None})
 
     def _producer(self, product: Product) -> Producer | None:
         """Return what makes the product's input, found once by trial."""
@@ -341,7 +355,7 @@ class LoadedBlock:
 
     def _view(self, view: View) -> Tensor:
         if self._skeleton.parameter(view.parameter).is_meta:
-            self._skeleton.load([view.parameter], self._read)
+            self._skeleton.load([view.parameter], self._read, widen=self._replay is not None)
         return view.of(self._skeleton.parameter(view.parameter).data)
 
     def _release(self, linear: Linear) -> None:

@@ -53,19 +53,19 @@ class Replay:
     Args:
         skeleton: the model; what lies outside its blocks must be loadable on demand.
         batches: model inputs, rows of equal length in each.
-        keep: makes a place for the outputs of a stack of blocks.
+        states: where the outputs of finished blocks are kept.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
         batches: Sequence[Batch],
-        keep: Callable[[], States] = lambda: States(torch.float32),
+        states: States | None = None,
     ) -> None:
         self._skeleton = skeleton
         self._batches = batches
-        self._keep = keep
-        self._finished: list[tuple[list[BlockSite], States]] = []
+        self._states = States(torch.float32) if states is None else states
+        self._finished: list[list[BlockSite]] = []
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -113,14 +113,14 @@ class Replay:
             site: the block, its final weights loaded.
             first: whether it is the first of its stack.
         """
-        sites, outputs = ([], self._keep()) if first else self._finished[-1]
+        stack = len(self._finished) - (not first)
         for index in range(len(self._batches)):
             args, kwargs = self.call(site, index)
             with torch.no_grad():
-                outputs[index] = site.module(*args, **kwargs)
+                self._states[stack, index] = site.module(*args, **kwargs)
         if first:
-            self._finished.append((sites, outputs))
-        sites.append(site)
+            self._finished.append([])
+        self._finished[-1].append(site)
 
     def answer(self, site: BlockSite, index: int, made: Any, read: Callable[[str], Tensor]) -> Answer:
         """Run the model on a batch from block `site` on, the blocks after it loaded one after another.
@@ -149,11 +149,16 @@ class Replay:
         """Return what stands in for the finished blocks on a batch: each stack's last output, fetched once."""
         whole = len(next(iter(self._batches[index].values())))
 
-        def stub(outputs: States) -> Callable[..., Any]:
-            fetch = cache(lambda: outputs[index] if rows is None else first_rows(outputs[index], rows, whole))
-            return lambda *_, **__: fetch()
+        @cache
+        def fetch(stack: int) -> Any:
+            output = self._states[stack, index]
+            return output if rows is None else first_rows(output, rows, whole)
 
-        return [(site.module, made) for sites, outputs in self._finished for made in [stub(outputs)] for site in sites]
+        return [
+            (site.module, lambda *_, _stack=stack, **__: fetch(_stack))
+            for stack, sites in enumerate(self._finished)
+            for site in sites
+        ]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a finished block returned on every calibration batch, in the model's own dtype, on disk when it is too much."""
+"""What finished blocks returned on every calibration batch, in the model's own dtype, on disk when it is too much."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class States:
-    """Outputs by batch.
+    """Outputs of the last finished block of each stack, by number of the stack and of the batch.
 
     Args:
         dtype: floating-point numbers are kept in it where it is narrower than they are and holds them all.
@@ -23,25 +23,26 @@ class States:
         self._dtype = dtype
         self._folder = folder
         self._limit = limit
-        self._kept: dict[int, Any] = {}
+        self._kept: dict[tuple[int, int], Any] = {}
 
-    def __setitem__(self, batch: int, output: Any) -> None:
-        """Keep the output of a batch in the place of a former one."""
-        self._kept.pop(batch, None)
+    def __setitem__(self, key: tuple[int, int], output: Any) -> None:
+        """Keep the output of a stack on a batch in the place of a former one."""
+        self._kept.pop(key, None)
         narrow = _mapped(output, self._narrow)
         if self._folder is not None and sum(map(_nbytes, self._kept.values())) + _nbytes(narrow) > self._limit:
-            torch.save(narrow, self._file(batch))
+            with self._file(key).open("wb") as stream:
+                torch.save(narrow, stream)
         else:
-            self._kept[batch] = narrow
+            self._kept[key] = narrow
 
-    def __getitem__(self, batch: int) -> Any:
-        """Return the output of a batch, in float32."""
-        output = self._kept[batch] if batch in self._kept else torch.load(self._file(batch))
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        """Return the output of a stack on a batch, in float32."""
+        output = self._kept[key] if key in self._kept else torch.load(self._file(key))
         return _mapped(output, _widened)
 
-    def _file(self, batch: int) -> Path:
+    def _file(self, key: tuple[int, int]) -> Path:
         assert self._folder is not None, "without a folder everything is kept in memory"
-        return self._folder / f"states-{batch:06d}.pt"
+        return self._folder / "states-{}-{:06d}.pt".format(*key)
 
     def _narrow(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point() or tensor.itemsize <= self._dtype.itemsize:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,6 +43,14 @@ class GptqParams(WeightParams, frozen=True, kw_only=True):
             "before each further time codes are chosen again. By default 1 up to 3 bits, 0 above.",
         ),
     ] = None
+    min_tokens: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="A layer, mostly an expert, that fewer calibration tokens reach than this share of its inputs "
+            "is rounded to nearest.",
+        ),
+    ] = 1 / 64
     damping: Annotated[
         float,
         Meta(
@@ -102,9 +111,11 @@ class Gptq(WeightPass[GptqParams]):
         dtype, clip = getattr(torch, block.dtype), self.params.clip == "mse"
         names = [linear.name for linear in product.linears]
         result = PassResult(changed=names)
-        factor = factorize(hessian.matrix, damping=self.params.damping, act_order=self.params.act_order)
+        why, factor = self._too_few(hessian.tokens, product.in_features), None
+        if why is None:
+            factor = factorize(hessian.matrix, damping=self.params.damping, act_order=self.params.act_order)
         if factor is None:
-            why = "no calibration token reaches it" if not hessian.tokens else "its Hessian cannot be factorized"
+            why = why or "its Hessian cannot be factorized"
             for linear in product.linears:
                 grid = self.scheme(linear.name, context.allocation)
                 block.quantize(linear, round_to_nearest(block.weight(linear), grid, dtype, clip=clip))
@@ -128,6 +139,13 @@ class Gptq(WeightPass[GptqParams]):
                 block.quantize(linear, quantized.rows(start, start + linear.out_features))
                 start += linear.out_features
         return result
+
+    def _too_few(self, tokens: int, in_features: int) -> str | None:
+        """Return why a Hessian says too little, None when enough tokens were seen."""
+        if not tokens:
+            return "no calibration token reaches it"
+        least = math.ceil(self.params.min_tokens * in_features)
+        return f"{tokens} calibration tokens reach it, {least} are needed" if tokens < least else None
 
     def _refits(self, bits: int) -> int:
         """Return how often to refit: on a coarse grid scales matter more than anything else, on a fine one hardly."""

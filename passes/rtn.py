@@ -28,7 +28,7 @@ class Rtn(WeightPass[RtnParams]):
         result = PassResult()
         dtype = getattr(torch, block.dtype)
         for linear in linears:
-            weight, grid = block.weight(linear), self.scheme(linear.name, context.allocation)
+            weight, grid = block.stored(linear), self.scheme(linear.name, context.allocation)
             quantized = round_to_nearest(weight, grid, dtype, clip=self.params.clip == "mse")
             block.quantize(linear, quantized)
             result.changed.append(linear.name)
