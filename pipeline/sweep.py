@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -54,7 +55,9 @@ def run_sweep(
     tokens: list[int] = []
     with context.reporter.step(title, len(skeleton.sites)) as step, outside_on_demand(skeleton, model.read):
         for stack in skeleton.stacks:
-            for site in stack:
+            for site, following in zip_longest(stack, stack[1:]):
+                if following is not None:
+                    model.checkpoint.prefetch(skeleton.naming.sources_of(following.parameters))
                 with loaded(skeleton, site, model.read, model.facts.dtype, replay) as block:
                     for one, result in zip(passes, results, strict=True):
                         result.absorb(_run(one, block, context))
