@@ -35,12 +35,12 @@ class GptqParams(WeightParams, frozen=True, kw_only=True):
             description="How often scales are fitted, before rounding, to the codes that each group gets by itself: "
             "cheap.",
         ),
-    ] = 2
+    ] = 1
     refits: Annotated[
         Annotated[int, Meta(ge=0, le=20)] | None,
         Meta(
             description="How often scales are fitted to the codes after rounding, which takes as long as rounding; "
-            "before each further time codes are chosen again. By default 1 up to 3 bits, 0 above.",
+            "before each further time codes are chosen again. By default 2 up to 3 bits, 1 at 4 bits, 0 above.",
         ),
     ] = None
     min_tokens: Annotated[
@@ -151,7 +151,7 @@ class Gptq(WeightPass[GptqParams]):
         """Return how often to refit: on a coarse grid scales matter more than anything else, on a fine one hardly."""
         if self.params.refits is not None:
             return self.params.refits
-        return 1 if bits <= 3 else 0
+        return 2 if bits <= 3 else 1 if bits == 4 else 0
 
 
 def _stacks(layers: Iterable[tuple[Grid, Linear]]) -> list[tuple[Grid, list[Linear]]]:
