@@ -1,11 +1,12 @@
 """Peak memory and time of quantizing a model that one would rather not hold in memory.
 
-    python benchmarks/memory.py [--layers 22] [--methods rtn gptq] [--threads 1] [--curve] [--json FILE]
+    python benchmarks/memory.py [--layers 22] [--methods rtn gptq] [--threads 1 2] [--curve] [--times 3] [--json FILE]
 
 Makes a random bfloat16 Llama of 1.1 billion parameters (hidden 2048, 22 layers, MLP 5632, 32 heads, 4 key/value heads,
 vocabulary 32000; 2.2 GB on disk) and runs `llmopt quantize` on it in a process of its own, w4 group 128, 8 windows of
 256 tokens for GPTQ. Peak memory is the process's largest resident set (`ru_maxrss`), the interpreter's share included.
-`--curve` repeats it with 4, 8 and 16 layers: memory should not follow the number of layers, time should.
+`--curve` repeats it with 4, 8 and 16 layers: memory should not follow the number of layers, time should. `--times 3`
+takes three times as many layers. What `llmopt plan` predicts stands beside what was measured.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,28 +92,34 @@ def _tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def run(model: Path, method: str, threads: int, *, keep: Path | None = None) -> dict[str, float]:
+def run(model: Path, method: str, threads: int) -> dict[str, float]:
     """Quantize in a process of its own; return its peak memory and times."""
     with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
         text = Path(scratch) / "text.txt"
         text.write_text("".join(TEXT.format(number) for number in range(2000)))
-        command = [sys.executable, "-m", "llmopt", "quantize", str(model), "-o", str(keep or Path(scratch) / "out")]
+        command = [sys.executable, "-m", "llmopt", "quantize", str(model), "-o", str(Path(scratch) / "out")]
         command += ["--method", method, "--group-size", "128"]
         if method != "rtn":
             command += ["--calibration", str(text), "--samples", "8", "--length", "256"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        plan = subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True)
+        predicted = json.loads(plan.stdout)["peak_bytes"]
         started = time.perf_counter()
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        output, _ = process.communicate()
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        if process.returncode:
+        if status:
             raise SystemExit(output)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": seconds, "cpu_seconds": cpu, "peak_gib": after.ru_maxrss / 2**20}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "peak_gib": used.ru_maxrss / 2**20,
+        "predicted_gib": predicted / 2**30,
+    }
 
 
 def main() -> None:
@@ -120,29 +127,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[LAYERS])
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--curve", action="store_true", help="also 4, 8 and 16 layers")
+    parser.add_argument("--times", type=int, metavar="N", help="also N times as many layers")
     parser.add_argument("--folder", type=Path, help="where to keep the models between runs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    print(f"{describe()}, {args.threads} thread(s)\n")
-    print("| method | layers | size GB | peak GiB | seconds | CPU seconds |\n| --- | --- | --- | --- | --- | --- |")
+    layers = {*args.layers, *((4, 8, 16) if args.curve else ())}
+    layers |= {args.times * max(args.layers)} if args.times else set()
+    print(f"{describe()}\n")
+    print("| method | layers | size GB | threads | peak GiB | predicted | seconds | CPU seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for method in args.methods:
-            for layers in sorted({4, 8, 16, *args.layers}) if args.curve else args.layers:
-                model = (args.folder or Path(scratch)) / f"llama-{layers}"
-                if not model.exists():
-                    # ru_maxrss is of the largest child so far: each method runs from small to large
-                    make_model(model, layers)
-                size = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e9
-                row = {"method": method, "layers": layers, "gigabytes": size, **run(model, method, args.threads)}
-                rows.append(row)
-                print(
-                    f"| {method} | {layers} | {size:.2f} | {row['peak_gib']:.2f} | {row['seconds']:.0f} "
-                    f"| {row['cpu_seconds']:.0f} |",
-                    flush=True,
-                )
+        for method, count, threads in product(args.methods, sorted(layers), args.threads):
+            model = (args.folder or Path(scratch)) / f"llama-{count}"
+            if not model.exists():
+                make_model(model, count)
+            size = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e9
+            shape = {"method": method, "layers": count, "gigabytes": size, "threads": threads}
+            row = {**shape, **run(model, method, threads)}
+            rows.append(row)
+            print(
+                f"| {method} | {count} | {size:.2f} | {threads} | {row['peak_gib']:.2f} | {row['predicted_gib']:.2f} "
+                f"| {row['seconds']:.0f} | {row['cpu_seconds']:.0f} |",
+                flush=True,
+            )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ def execute(
     dry_run: bool = False,
     save_recipe: Path | None = None,
     force: bool = False,
+    max_memory: str | None = None,
     inputs: Iterable[Path] = (),
     notes: Iterable[str] = (),
 ) -> None:
@@ -61,7 +63,7 @@ def execute(
 
     if output is None and not dry_run:
         raise UsageError("no output folder given", hint="name one with -o DIR, or use --dry-run to see the plan")
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, max_memory=None if max_memory is None else parse_size(max_memory))
     if output is not None:
         check_output(output, force=force or dry_run, inputs=[*inputs_of(recipe), *inputs])
     for note in notes:
@@ -91,6 +93,19 @@ def default_output(recipe: Path) -> Path:
     if folder.name == recipe.name:
         raise UsageError(f"no output folder given for {recipe}", hint="name one with -o DIR")
     return folder
+
+
+def parse_size(text: str) -> int:
+    """Return a number of bytes written as `2GiB`, `800 MB` or `1.5G` (binary, as is a unit without B).
+
+    Raises:
+        UsageError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"`{text}` is no amount of memory", hint="write it as 2GiB or 800MiB")
+    base = 1000 if (found[3] or "").upper() == "B" else 1024
+    return int(float(found[1]) * base ** ("KMGT".index(found[2].upper()) + 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,15 @@ Export = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="Keep the process below this much memory, such as 2GiB: hidden states go to disk, samples come in smaller "
+        "batches. Refused when it is too little.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random. [default: 0]", min=0)]
 
 

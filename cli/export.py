@@ -5,7 +5,20 @@ from __future__ import annotations
 from ..core.recipe import ModelSpec, Recipe, Step
 from ..passes import PASSES
 from .build import DEFAULT_EXPORT, execute, exports
-from .common import DryRun, Export, Force, Json, ModelArgument, Output, Quiet, SaveRecipe, Seed, Verbose, open_screen
+from .common import (
+    DryRun,
+    Export,
+    Force,
+    Json,
+    MaxMemory,
+    ModelArgument,
+    Output,
+    Quiet,
+    SaveRecipe,
+    Seed,
+    Verbose,
+    open_screen,
+)
 from .options import Options, Source, with_options
 
 
@@ -22,6 +35,7 @@ def command(
     dry_run: DryRun = False,
     save_recipe: SaveRecipe = None,
     force: Force = False,
+    max_memory: MaxMemory = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -41,4 +55,4 @@ def command(
         exports=exports(export or [DEFAULT_EXPORT]),
         seed=seed,
     )
-    execute(recipe, output, screen, dry_run=dry_run, save_recipe=save_recipe, force=force)
+    execute(recipe, output, screen, dry_run=dry_run, save_recipe=save_recipe, force=force, max_memory=max_memory)

@@ -11,7 +11,20 @@ from ..core.passes import Need
 from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 from ..passes import PASSES
 from .build import DEFAULT_EXPORT, Scheme, execute, exports, parse_scheme
-from .common import DryRun, Export, Force, Json, ModelArgument, Output, Quiet, SaveRecipe, Seed, Verbose, open_screen
+from .common import (
+    DryRun,
+    Export,
+    Force,
+    Json,
+    MaxMemory,
+    ModelArgument,
+    Output,
+    Quiet,
+    SaveRecipe,
+    Seed,
+    Verbose,
+    open_screen,
+)
 from .options import Options, Source, refuse_foreign, with_options
 
 METHODS = ("autoround", "awq", "gptq", "hqq", "rtn")
@@ -105,6 +118,7 @@ def command(
     dry_run: DryRun = False,
     save_recipe: SaveRecipe = None,
     force: Force = False,
+    max_memory: MaxMemory = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -146,6 +160,7 @@ def command(
         dry_run=dry_run,
         save_recipe=save_recipe,
         force=force,
+        max_memory=max_memory,
         notes=() if method or calibration else (hint,),
     )
 

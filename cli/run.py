@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .build import default_output, execute
-from .common import DryRun, Force, Json, Output, Quiet, RecipeFile, Verbose, open_screen
+from .common import DryRun, Force, Json, MaxMemory, Output, Quiet, RecipeFile, Verbose, open_screen
 
 
 def command(
@@ -12,6 +12,7 @@ def command(
     output: Output = None,
     dry_run: DryRun = False,
     force: Force = False,
+    max_memory: MaxMemory = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -27,4 +28,4 @@ def command(
     screen = open_screen(json=json, quiet=quiet, verbose=verbose)
     loaded = load_recipe(recipe)
     target = output if output is not None or dry_run else default_output(recipe)
-    execute(loaded, target, screen, dry_run=dry_run, force=force, inputs=[recipe])
+    execute(loaded, target, screen, dry_run=dry_run, force=force, max_memory=max_memory, inputs=[recipe])

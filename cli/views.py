@@ -46,7 +46,7 @@ def plan_sections(plan: Plan) -> list[Section]:
     if plan.skips:
         sections.append(Lines("Left out", _skips(plan.skips)))
     estimates = [
-        ("peak memory", f"{size(plan.peak_bytes)}, beside the interpreter and its libraries"),
+        ("peak memory", f"{size(plan.peak_bytes)}, the interpreter and its libraries included"),
         ("output", f"{size(plan.output_bytes)}{_of(plan.output_bytes, facts.bytes)}"),
     ]
     return [*sections, Pairs("Estimates", estimates)]

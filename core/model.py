@@ -68,6 +68,10 @@ class Block(Protocol):
         """Return the current weight, (out_features, in_features) float32; not to be written to."""
         ...
 
+    def stored(self, linear: Linear) -> Tensor:
+        """Return the current weight, (out_features, in_features), in the dtype it is held in: float32 or narrower."""
+        ...
+
     def quantize(self, linear: Linear, weight: QuantizedWeight) -> None:
         """Make `weight` the layer's weight: from now on the block computes with `weight.dequantize()`."""
         ...

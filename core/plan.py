@@ -24,6 +24,18 @@ class PlanStep(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What keeps the memory of a run down.
+
+    Attributes:
+        batch_tokens: calibration tokens that run through a block at a time.
+        states_bytes: how much of the samples' hidden states stays in memory, the rest on disk; None keeps them all.
+    """
+
+    batch_tokens: int = 2048
+    states_bytes: int | None = None
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The checked plan.
 
@@ -32,8 +44,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         facts: the source model's outline.
         steps: what will be done, in order.
         skips: (name, reason) of what will be left out.
-        peak_bytes: estimated peak memory in bytes, beside the interpreter and its libraries.
+        peak_bytes: estimated peak memory of the process in bytes.
         output_bytes: estimated size of all exports together.
+        limits: what keeps the peak there.
     """
 
     recipe: Recipe
@@ -42,6 +55,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     skips: tuple[tuple[str, str], ...]
     peak_bytes: int
     output_bytes: int
+    limits: Limits = Limits()
 
     def to_dict(self) -> dict[str, Any]:
         """Render for `--json`; the layers are counted, not listed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from .producers import Part, Producer, linear_candidates, norm_candidates, same
 from .replay import Answer, Replay, distance
 from .rounding import CacheWatch
 from .skeleton import BlockSite, Skeleton, View
+from .store import dequantize_into
 from .watch import Sighting, Unit, Watch, same_input
+
+_LOOK_TOKENS = 256
+"""How many tokens are enough to see in what order the layers of a block are reached."""
 
 _TRIAL_BATCHES = 2
 """How many calibration batches `output_error` looks at."""
@@ -28,7 +33,7 @@ class _Enough(Exception):  # noqa: N818  (control flow, no error)
 
 
 class LoadedBlock:
-    """A block whose weights are in memory as float32; without calibration samples each only from its first use.
+    """A block whose weights are in memory as float32; without calibration samples as stored, each from its first use.
 
     Args:
         skeleton: the model.
@@ -36,6 +41,11 @@ class LoadedBlock:
         read: gives a checkpoint tensor by name.
         dtype: the dtype its weights are stored in.
         replay: the calibration samples, None when no pass needs them.
+
+    Attributes:
+        results: the quantized layers.
+        changed: floating-point checkpoint tensors that are different now.
+        expert_tokens: how many calibration tokens came to each expert.
     """
 
     def __init__(
@@ -52,6 +62,7 @@ class LoadedBlock:
         self.changed: dict[str, Callable[[], Tensor]] = {}
         self.inputs: dict[str, QuantizedInput] = {}
         self.caches: dict[str, QuantizedCache] = {}
+        self.expert_tokens: dict[Unit, int] = {}
         self._order_seen: list[Stage] | None = None
         self._norms: dict[Unit, list[tuple[str, nn.Module]]] = {}
         self._producers: dict[Linear, Producer | None] = {}
@@ -74,8 +85,12 @@ class LoadedBlock:
 
     def weight(self, linear: Linear) -> Tensor:
         """Return the current weight, (out_features, in_features) float32; not to be written to."""
+        return self.stored(linear).float()
+
+    def stored(self, linear: Linear) -> Tensor:
+        """Return the current weight in the dtype it is held in; see `core.model.Block`."""
         if self._replay is None and linear in self.results:
-            return self.results[linear].dequantize().float()
+            return self.results[linear].dequantize()
         return self._view(self._views[linear])
 
     def quantize(self, linear: Linear, weight: QuantizedWeight) -> None:
@@ -84,7 +99,7 @@ class LoadedBlock:
         if self._replay is None:
             self._release(linear)
         else:
-            self._view(self._views[linear]).copy_(weight.dequantize().float())
+            dequantize_into(self._view(self._views[linear]), weight)
         self.changed.pop(f"{linear.name}.weight", None)
 
     def quantize_input(self, linear: Linear, rounding: QuantizedInput) -> None:
@@ -188,10 +203,9 @@ class LoadedBlock:
     def stages(self) -> list[Stage]:
         """Return the block's products in the order in which the forward pass reaches them."""
         if self._order_seen is None:
-            seen: dict[Unit, Sighting] = {}
             norms: list[tuple[str, nn.Module, Tensor]] = []
             with self._watching_norms(norms):
-                self._run(0, self._addresses(), lambda unit, tensor: _sight(seen, unit, tensor))
+                seen = self._look()
             self._once = {unit: sighting.times == 1 for unit, sighting in seen.items()}
             self._order_seen = list(self._order(seen))
             self._norms = {
@@ -204,11 +218,24 @@ class LoadedBlock:
             }
         return self._order_seen
 
+    def _look(self) -> dict[Unit, Sighting]:
+        """Run a few tokens through the block, and whole batches only while a layer has not been seen."""
+        addresses = self._addresses()
+        seen: dict[Unit, Sighting] = {}
+        for index, tokens in [(0, _LOOK_TOKENS), *((index, None) for index in range(len(self._samples)))]:
+            run: dict[Unit, Sighting] = {}
+            self._run(index, addresses, partial(_sight, run), tokens=tokens)
+            _add_sightings(seen, run)
+            if {name for name, _ in seen} == {name for name, _ in addresses.values()}:
+                break
+        return seen
+
     def collect(self, stage: Stage, receive: Callable[[Product, Tensor], None]) -> None:
         """Run the calibration samples as far as `stage`; see `core.model.Block`."""
         units = {self._unit(product.linears[0]): product for product in stage}
         addresses = {address: unit for address, unit in self._addresses().items() if unit in units}
         single = all(unit[1] is None and self._once.get(unit, False) for unit in units)
+        tokens = dict.fromkeys(units, 0)
         for index in range(len(self._samples)):
             missing = set(units)
 
@@ -221,12 +248,14 @@ class LoadedBlock:
                         where=f"calibration batch {index + 1} of {len(self._samples)}",  # noqa: B023
                         hint="the model overflows on this text: check its weights",
                     )
+                tokens[unit] += len(rows)
                 receive(product, rows)
                 missing.discard(unit)
                 if single and not missing:
                     raise _Enough
 
             self._run(index, addresses, see)
+        self.expert_tokens.update({unit: seen for unit, seen in tokens.items() if unit[1] is not None})
 
     def _producer(self, product: Product) -> Producer | None:
         """Return what makes the product's input, found once by trial."""
@@ -334,8 +363,15 @@ class LoadedBlock:
         assert self._replay is not None, "the plan gives calibration data to every pass that needs it"
         return self._replay
 
-    def _run(self, index: int, addresses: dict[int, Unit], receive: Callable[[Unit, Tensor], None]) -> None:
-        args, kwargs = self._samples.call(self._site, index)
+    def _run(
+        self,
+        index: int,
+        addresses: dict[int, Unit],
+        receive: Callable[[Unit, Tensor], None],
+        *,
+        tokens: int | None = None,
+    ) -> None:
+        args, kwargs = self._samples.call(self._site, index, tokens=tokens)
         with torch.no_grad(), Watch(addresses, receive):
             try:
                 self._site.module(*args, **kwargs)
@@ -344,7 +380,7 @@ class LoadedBlock:
 
     def _view(self, view: View) -> Tensor:
         if self._skeleton.parameter(view.parameter).is_meta:
-            self._skeleton.load([view.parameter], self._read)
+            self._skeleton.load([view.parameter], self._read, widen=self._replay is not None)
         return view.of(self._skeleton.parameter(view.parameter).data)
 
     def _release(self, linear: Linear) -> None:
@@ -389,6 +425,13 @@ def _sight(seen: dict[Unit, Sighting], unit: Unit, tensor: Tensor) -> None:
         seen[unit].times += 1
     else:
         seen[unit] = Sighting(tensor)
+
+
+def _add_sightings(seen: dict[Unit, Sighting], run: dict[Unit, Sighting]) -> None:
+    """Add what a further run has shown: new units, and how often one run meets a unit at most."""
+    for unit, sighting in run.items():
+        known = seen.setdefault(unit, sighting)
+        known.times = max(known.times, sighting.times)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ..core.quantized import Grid, QuantizedWeight
 from .checkpoint import INDEX, Checkpoint
 from .locate import Location
 from .skeleton import Skeleton, own_experts_choice
-from .store import WorkStore
+from .store import WorkStore, dequantize_into
 
 _SIDE_FILES = ("*.json", "vocab*.txt", "merges.txt", "*.model", "*.jinja", "*.tiktoken")
 _NOT_SIDE_FILES = {"config.json", INDEX, "pytorch_model.bin.index.json", "llmopt.json", "llmopt.reference.json"}
@@ -159,7 +159,9 @@ class TorchModel:
 
     def _stored(self, layer: str) -> Tensor:
         """Return a quantized layer, dequantized, the way round in which the checkpoint stores it."""
-        weight = self.store.get(layer).dequantize()
+        quantized = self.store.get(layer)
+        weight = torch.empty(quantized.shape, dtype=quantized.scale.dtype)
+        dequantize_into(weight, quantized)
         return weight.T.contiguous() if layer in self.store.transposed else weight
 
     def _cast(self, name: str, tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core.errors import LlmoptError
 from .skeleton import BlockSite, Skeleton
+from .states import States, first_rows
 
 Batch = dict[str, Tensor]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -51,19 +53,31 @@ class Replay:
     Args:
         skeleton: the model; what lies outside its blocks must be loadable on demand.
         batches: model inputs, rows of equal length in each.
+        states: where the outputs of finished blocks are kept.
     """
 
-    def __init__(self, skeleton: Skeleton, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        batches: Sequence[Batch],
+        states: States | None = None,
+    ) -> None:
         self._skeleton = skeleton
         self._batches = batches
-        self._finished: list[tuple[list[BlockSite], list[Any]]] = []
+        self._states = States(torch.float32) if states is None else states
+        self._finished: list[list[BlockSite]] = []
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return len(self._batches)
 
-    def call(self, site: BlockSite, index: int) -> Call:
+    def call(self, site: BlockSite, index: int, *, tokens: int | None = None) -> Call:
         """Return the arguments with which the model calls block `site` on batch `index`.
+
+        Args:
+            site: the block.
+            index: the batch.
+            tokens: only so many of its rows as hold this many tokens; all of them by default.
 
         Raises:
             LlmoptError: the forward pass never comes to the block.
@@ -74,9 +88,11 @@ class Replay:
             caught.append((args, kwargs))
             raise _Caught
 
-        with _replaced([(site.module, catch), *self._stubs(index)]), torch.no_grad():
+        rows = None if tokens is None else self._rows_of(index, tokens)
+        batch = {name: tensor[:rows] for name, tensor in self._batches[index].items()}
+        with _replaced([(site.module, catch), *self._stubs(index, rows)]), torch.no_grad():
             try:
-                self._skeleton.model(**self._batches[index])
+                self._skeleton.model(**batch)
             except _Caught:
                 return caught[0]
             except IndexError as error:
@@ -97,16 +113,14 @@ class Replay:
             site: the block, its final weights loaded.
             first: whether it is the first of its stack.
         """
-        outputs: list[Any] = []
+        stack = len(self._finished) - (not first)
         for index in range(len(self._batches)):
             args, kwargs = self.call(site, index)
             with torch.no_grad():
-                outputs.append(site.module(*args, **kwargs))
+                self._states[stack, index] = site.module(*args, **kwargs)
         if first:
-            self._finished.append(([site], outputs))
-        else:
-            sites, _ = self._finished[-1]
-            self._finished[-1] = ([*sites, site], outputs)
+            self._finished.append([])
+        self._finished[-1].append(site)
 
     def answer(self, site: BlockSite, index: int, made: Any, read: Callable[[str], Tensor]) -> Answer:
         """Run the model on a batch from block `site` on, the blocks after it loaded one after another.
@@ -127,10 +141,22 @@ class Replay:
             return Answer(torch.log_softmax(outputs["logits"].float(), -1), True)
         return Answer(next(value for value in outputs.values() if isinstance(value, Tensor)), False)
 
-    def _stubs(self, index: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    def _rows_of(self, index: int, tokens: int) -> int:
+        length = next(iter(self._batches[index].values())).shape[1]
+        return -(-tokens // length)
+
+    def _stubs(self, index: int, rows: int | None = None) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """Return what stands in for the finished blocks on a batch: each stack's last output, fetched once."""
+        whole = len(next(iter(self._batches[index].values())))
+
+        @cache
+        def fetch(stack: int) -> Any:
+            output = self._states[stack, index]
+            return output if rows is None else first_rows(output, rows, whole)
+
         return [
-            (site.module, lambda *_, _output=outputs[index], **__: _output)
-            for sites, outputs in self._finished
+            (site.module, lambda *_, _stack=stack, **__: fetch(_stack))
+            for stack, sites in enumerate(self._finished)
             for site in sites
         ]
 

@@ -13,6 +13,21 @@ from ..core.activations import QuantizedCache, QuantizedInput
 from ..core.model import Linear
 from ..core.quantized import Grid, QuantizedWeight
 
+_IN_CACHE = 1 << 19
+
+
+def dequantize_into(place: Tensor, weight: QuantizedWeight) -> None:
+    """Write the dequantized weight to `place`, (out_features, in_features), a few rows at a time.
+
+    What stays in the processor's cache is several times as fast, and nothing else is allocated.
+    """
+    out_features, in_features = weight.shape
+    height = weight.grid.group_height(out_features) if weight.grid.group_size == "block" else 1
+    rows = max(1, _IN_CACHE // in_features // height) * height
+    for start in range(0, out_features, rows):
+        stop = min(start + rows, out_features)
+        place[start:stop] = weight.rows(start, stop).dequantize()
+
 
 class WorkStore:
     """Quantized layers by name.
@@ -21,6 +36,7 @@ class WorkStore:
         folder: where to keep them; created.
 
     Attributes:
+        folder: where they are kept.
         grids: the grid of each layer.
         changed: floating-point checkpoint tensors that are different now, and the file of each.
         transposed: the layers that the checkpoint stores as (in, out); a square matrix does not tell.
@@ -30,7 +46,7 @@ class WorkStore:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
+        self.folder = folder
         self._files: dict[str, Path] = {}
         self.grids: dict[str, Grid] = {}
         self.changed: dict[str, Path] = {}
@@ -56,7 +72,7 @@ class WorkStore:
             changed: floating-point checkpoint tensors that are different now.
         """
         self._files_written += 1
-        path = self._folder / f"{self._files_written:06d}-{block}.safetensors"
+        path = self.folder / f"{self._files_written:06d}-{block}.safetensors"
         tensors: dict[str, Tensor] = dict(changed or {})
         self.changed.update(dict.fromkeys(tensors, path))
         for linear, weight in results.items():
@@ -65,7 +81,7 @@ class WorkStore:
             if weight.zero_point is not None:
                 tensors[f"{linear.name}.zero_point"] = weight.zero_point.contiguous()
             if weight.divisor is not None:
-                tensors[f"{linear.name}.divisor"] = weight.divisor
+                tensors[f"{linear.name}.divisor"] = weight.divisor.clone()  # layers of one product share it
             self._files[linear.name] = path
             self.grids[linear.name] = weight.grid
             if linear in transposed:

@@ -14,8 +14,6 @@ from transformers import AutoTokenizer
 from ..core.errors import UsageError
 from .skeleton import quiet
 
-_TOKENS_PER_BATCH = 2048
-
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the folder's tokenizer.
@@ -38,19 +36,20 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def batches(rows: Sequence[Sequence[int]], *, decoder: bool) -> list[dict[str, Tensor]]:
+def batches(rows: Sequence[Sequence[int]], *, decoder: bool, tokens: int = 2048) -> list[dict[str, Tensor]]:
     """Return model inputs, rows of equal length together, so that nothing is padded.
 
     Args:
         rows: token ids.
         decoder: the model is an encoder-decoder; its decoder is given the same text.
+        tokens: of a batch, where its rows are no longer than that.
     """
     by_length: defaultdict[int, list[Sequence[int]]] = defaultdict(list)
     for row in rows:
         by_length[len(row)].append(row)
     made: list[dict[str, Tensor]] = []
     for length, alike in by_length.items():
-        size = max(1, _TOKENS_PER_BATCH // length)
+        size = max(1, tokens // length)
         for start in range(0, len(alike), size):
             ids = torch.tensor([list(row) for row in alike[start : start + size]])
             made.append({"input_ids": ids, "decoder_input_ids": ids} if decoder else {"input_ids": ids})

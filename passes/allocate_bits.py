@@ -206,7 +206,7 @@ class AllocateBits(SurveyPass[AllocateBitsParams]):
         """Round the layers of a stage to every width; note the errors of their products, keep one width for a trial."""
         import torch
 
-        from .numerics.gptq import Hessian
+        from .numerics.hessian import Hessian
 
         chosen = tuple(product for product in stage if wanted.intersection(product.linears))
         hessians = {product: Hessian(product.in_features) for product in chosen}
@@ -230,8 +230,9 @@ class AllocateBits(SurveyPass[AllocateBitsParams]):
 
     def _method(self, matrix: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Grid], QuantizedWeight]:
         """Return how to round a weight as the pass that quantizes will, or nearly: with data GPTQ stands for all."""
-        from .numerics.gptq import factorize, gptq
+        from .numerics.gptq import gptq
         from .numerics.grid import round_to_nearest
+        from .numerics.hessian import factorize
 
         assert self._quantizer is not None
         clip = self._quantizer.params.clip == "mse"

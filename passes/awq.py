@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .numerics.gptq import Hessian
+    from .numerics.hessian import Hessian
 
 
 class AwqParams(WeightParams, frozen=True, kw_only=True):
@@ -148,7 +148,7 @@ class Awq(WeightPass[AwqParams]):
 
 
 def _hessians(block: Block, products: Stage) -> dict[Product, Hessian]:
-    from .numerics.gptq import Hessian
+    from .numerics.hessian import Hessian
 
     hessians = {product: Hessian(product.in_features) for product in products}
     if hessians:

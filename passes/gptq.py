@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,13 +11,13 @@ from msgspec import Meta
 from ..core.model import Block, Linear, Product, Stage
 from ..core.passes import Need, PassContext, PassResult, Skip
 from ..core.quantized import Grid
-from .weights import WeightParams, WeightPass
+from .weights import WeightParams, WeightPass, largest_weights
 
 if TYPE_CHECKING:
-    from .numerics.gptq import Hessian
+    from .numerics.hessian import Hessian
 
 
-_STACKED_WEIGHTS = 1 << 25
+_STACKED_WEIGHTS = 1 << 23
 """Layers that see the same input are rounded together up to this many weights."""
 
 
@@ -26,13 +27,30 @@ class GptqParams(WeightParams, frozen=True, kw_only=True):
     act_order: Annotated[
         bool, Meta(description="Round the columns with the most active inputs first; the artifact needs no reordering.")
     ] = True
+    prefits: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=20,
+            description="How often scales are fitted, before rounding, to the codes that each group gets by itself: "
+            "cheap.",
+        ),
+    ] = 1
     refits: Annotated[
         Annotated[int, Meta(ge=0, le=20)] | None,
         Meta(
-            description="How often scales are fitted to the codes by least squares, and codes chosen again; by default "
-            "3 up to 3 bits, 1 at 4 bits, 0 above.",
+            description="How often scales are fitted to the codes after rounding, which takes as long as rounding; "
+            "before each further time codes are chosen again. By default 2 up to 3 bits, 1 at 4 bits, 0 above.",
         ),
     ] = None
+    min_tokens: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="A layer, mostly an expert, that fewer calibration tokens reach than this share of its inputs "
+            "is rounded to nearest.",
+        ),
+    ] = 1 / 64
     damping: Annotated[
         float,
         Meta(
@@ -74,7 +92,7 @@ class Gptq(WeightPass[GptqParams]):
         return result
 
     def _run_stage(self, block: Block, stage: Stage, context: PassContext) -> PassResult:
-        from .numerics.gptq import Hessian
+        from .numerics.hessian import Hessian
 
         hessians = {product: Hessian(product.in_features) for product in stage}
         block.collect(stage, lambda product, rows: hessians[product].add(rows))
@@ -86,18 +104,23 @@ class Gptq(WeightPass[GptqParams]):
     def _quantize(self, block: Block, product: Product, hessian: Hessian, context: PassContext) -> PassResult:
         import torch
 
-        from .numerics.gptq import factorize, gptq
+        from .numerics.gptq import gptq
         from .numerics.grid import round_to_nearest
+        from .numerics.hessian import factorize
 
         dtype, clip = getattr(torch, block.dtype), self.params.clip == "mse"
         names = [linear.name for linear in product.linears]
         result = PassResult(changed=names)
-        factor = factorize(hessian.matrix, damping=self.params.damping, act_order=self.params.act_order)
+        why, factor = self._too_few(hessian.tokens, product.in_features), None
+        if why is None:
+            factor = factorize(hessian.matrix, damping=self.params.damping, act_order=self.params.act_order)
+        grids = [(linear, self.scheme(linear.name, context.allocation)) for linear in product.linears]
+        tops = largest_weights(block, grids)
         if factor is None:
-            why = "no calibration token reaches it" if not hessian.tokens else "its Hessian cannot be factorized"
-            for linear in product.linears:
-                grid = self.scheme(linear.name, context.allocation)
-                block.quantize(linear, round_to_nearest(block.weight(linear), grid, dtype, clip=clip))
+            why = why or "its Hessian cannot be factorized"
+            for linear, grid in grids:
+                weight, top = block.weight(linear), tops.get(linear)
+                block.quantize(linear, round_to_nearest(weight, grid, dtype, clip=clip, largest=top))
                 result.notes.append(f"{linear.name}: {why}; rounded to nearest")
             result.metrics["rounded_to_nearest_count"] = len(names)
             return result
@@ -107,22 +130,29 @@ class Gptq(WeightPass[GptqParams]):
             result.notes.append(f"{names[0]}: damping raised to {factor.damping:g}{precision} for Cholesky to succeed")
         if factor.dead:
             result.notes.append(f"{names[0]}: {factor.dead} of {product.in_features} inputs are always zero")
-        for grid, group in _stacks(
-            (self.scheme(linear.name, context.allocation), linear) for linear in product.linears
-        ):
+        for grid, group in _stacks((grid, linear) for linear, grid in grids):
             weight = torch.cat([block.weight(linear) for linear in group]) if len(group) > 1 else block.weight(group[0])
-            quantized, _ = gptq(weight, factor, grid, dtype, clip=clip, refits=self._refits(grid.bits))
+            prefits, refits = self.params.prefits, self._refits(grid.bits)
+            top = tops.get(group[0])
+            quantized, _ = gptq(weight, factor, grid, dtype, clip=clip, prefits=prefits, refits=refits, largest=top)
             start = 0
             for linear in group:
                 block.quantize(linear, quantized.rows(start, start + linear.out_features))
                 start += linear.out_features
         return result
 
+    def _too_few(self, tokens: int, in_features: int) -> str | None:
+        """Return why a Hessian says too little, None when enough tokens were seen."""
+        if not tokens:
+            return "no calibration token reaches it"
+        least = math.ceil(self.params.min_tokens * in_features)
+        return f"{tokens} calibration tokens reach it, {least} are needed" if tokens < least else None
+
     def _refits(self, bits: int) -> int:
         """Return how often to refit: on a coarse grid scales matter more than anything else, on a fine one hardly."""
         if self.params.refits is not None:
             return self.params.refits
-        return 3 if bits <= 3 else 1 if bits == 4 else 0
+        return 2 if bits <= 3 else 1 if bits == 4 else 0
 
 
 def _stacks(layers: Iterable[tuple[Grid, Linear]]) -> list[tuple[Grid, list[Linear]]]:

@@ -30,7 +30,7 @@ class Rtn(WeightPass[RtnParams]):
         chosen = [(linear, self.scheme(linear.name, context.allocation)) for linear in linears]
         tops = largest_weights(block, chosen)
         for linear, grid in chosen:
-            weight, top = block.weight(linear), tops.get(linear)
+            weight, top = block.stored(linear), tops.get(linear)
             quantized = round_to_nearest(weight, grid, dtype, clip=self.params.clip == "mse", largest=top)
             block.quantize(linear, quantized)
             result.changed.append(linear.name)

@@ -96,7 +96,9 @@ class _Found:
 def _answers(outputs: dict[str, Any]) -> dict[str, Any]:
     if "logits" in outputs and outputs["logits"].ndim == 3:
         logs = log_softmax(outputs["logits"])
-        top = np.argsort(-logs, axis=-1, kind="stable")[..., :_TOP]
+        last = min(_TOP, logs.shape[-1]) - 1
+        top = np.sort(np.argpartition(-logs, last, axis=-1)[..., :_TOP], axis=-1)
+        top = np.take_along_axis(top, np.argsort(-np.take_along_axis(logs, top, -1), axis=-1, kind="stable"), -1)
         values = np.take_along_axis(logs, top, -1)
         # A log probability differs by at most twice as much as the logits do.
         scale = 2 * float(np.abs(outputs["logits"]).max())

@@ -22,17 +22,18 @@ from ..models.reference import reference_outputs, streamed_outputs
 from ..models.text import batches, random_rows
 from ..models.unpacked import unpacking_reader
 from ..runtimes import RUNTIMES
+from .memory import WHOLE_BYTES
 
 ROWS = 8
 LENGTH = 64
 """What is compared: so many rows of so many tokens, fewer rows where the vocabulary is large."""
 
+_MULTIPLICATIONS = 1 << 36
+_FEWEST = 2 * 32
+"""Fewer tokens too where the model is large: parameters times tokens stay below the first, tokens above the second."""
+
 _LOGITS = 1 << 23
 """Logits to compare, 32 MiB in float32."""
-
-_WHOLE_BYTES = 1 << 30
-"""A model of more bytes than this in float32 is verified block by block in transformers: opening it whole would take
-several times the memory that making it took."""
 
 _EXACT = 1e-3
 _HALF = 2e-2
@@ -66,9 +67,10 @@ def make_reference(model: TorchModel, rows: Sequence[Sequence[int]], seed: int) 
     if skeleton.model.main_input_name != "input_ids":
         inputs, samples = [dict(sample_inputs(skeleton.model).tensors)], "made-up inputs"
     else:
-        length = min(LENGTH, context_length(skeleton.config.to_dict()) or LENGTH)
         vocabulary = skeleton.config.get_text_config().vocab_size
-        count = max(2, min(ROWS, _LOGITS // (length * vocabulary)))
+        tokens = max(_FEWEST, min(ROWS * LENGTH, _LOGITS // vocabulary, _MULTIPLICATIONS // model.facts.parameters))
+        length = min(LENGTH, tokens // 2, context_length(skeleton.config.to_dict()) or LENGTH)
+        count = min(ROWS, tokens // length)
         cut = [list(row[:length]) for row in rows[:count]]
         samples = "held-out calibration text" if cut else "random token ids"
         cut = cut or random_rows(vocabulary, rows=count, length=length, seed=seed)
@@ -91,7 +93,7 @@ def compare(exporter: Exporter[Any], model: TorchModel, directory: Path, referen
     runtime = RUNTIMES.load(exporter.opened_in())()
     weights_equal = exporter.weights_equal(model, directory)
     comparison = Comparison()
-    blockwise = runtime.name == "transformers" and model.facts.parameters * 4 > _WHOLE_BYTES
+    blockwise = runtime.name == "transformers" and model.facts.parameters * 4 > WHOLE_BYTES
     answers = _streamed(model, directory, reference) if blockwise else _opened(runtime, directory, reference)
     for outputs, made in zip(reference.outputs, answers, strict=True):
         comparison.add({name: tensor.float().numpy() for name, tensor in outputs.items()}, made)

@@ -17,17 +17,21 @@ from ..models.checkpoint import DTYPES, Checkpoint
 from ..models.locate import context_length, locate
 from ..models.outline import outline
 from .grids import check_exports, packed_bytes, quantized_layers
+from .memory import estimate
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
 
 _WIDTHS = dict(DTYPES.values())
-_SEVERAL = 3
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, max_memory: int | None = None) -> Plan:
     """Check a recipe against its model and lay out the work.
 
+    Args:
+        recipe: what to do.
+        max_memory: bytes that the process may take at its peak.
+
     Raises:
-        UsageError: it cannot work.
+        UsageError: it cannot work, or not within `max_memory`.
         LlmoptError: the checkpoint is damaged.
     """
     passes = passes_of(recipe)
@@ -54,13 +58,15 @@ def make_plan(recipe: Recipe) -> Plan:
             )
     final = _cast_facts(facts, passes)
     check_exports(exporters, passes, final)
+    memory = estimate(facts, passes, exporters, recipe.calibration, max_memory)
     return Plan(
         recipe=recipe,
         facts=facts,
         steps=tuple(_steps(passes, exporters, facts)),
         skips=tuple(_skips(passes, facts)),
-        peak_bytes=_peak(recipe, passes, exporters, facts),
+        peak_bytes=memory.peak_bytes,
         output_bytes=sum(_size(exporter, passes, final) for exporter in exporters),
+        limits=memory.limits,
     )
 
 
@@ -142,21 +148,3 @@ def _size(exporter: AnyExporter, passes: Sequence[AnyPass], facts: ModelFacts) -
     packed = packed_bytes(passes, facts, scale_bits=8 * width, containers=containers)
     weights = sum(linear.out_features * linear.in_features for linear in linears)
     return int(packed) + (facts.parameters - weights) * width
-
-
-def _peak(recipe: Recipe, passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: ModelFacts) -> int:
-    """Estimate the peak memory of the work: the sweep over blocks, or a step that holds the whole model."""
-    width = _WIDTHS[facts.dtype]
-    block = facts.largest_block_bytes // width * 4
-    sweep = 0
-    if any(isinstance(one, BlockPass) for one in passes):
-        largest = max((linear.out_features * linear.in_features for linear in facts.linears), default=0)
-        sweep = block + _SEVERAL * 4 * largest
-    if any(Need.CALIBRATION in one.requires() for one in passes) and recipe.calibration is not None:
-        widest = max((linear.in_features for linear in facts.linears), default=0)
-        hidden = min((linear.in_features for linear in facts.linears), default=0)
-        tokens = recipe.calibration.samples * recipe.calibration.length
-        sweep += facts.outside_bytes // width * 4 + _SEVERAL * 4 * widest**2 + 2 * 4 * tokens * hidden
-    whole = facts.parameters * 4  # opening the artifact again holds it once, in float32
-    tracing = 2 * whole if any(exporter.runtime != "transformers" for exporter in exporters) else 0
-    return max(sweep, whole, tracing)

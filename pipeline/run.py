@@ -18,7 +18,7 @@ from ..core.errors import UnmetError
 from ..core.exports import ExportContext
 from ..core.manifest import MANIFEST, ExportRecord, FileRecord, Manifest, Parity, PassRecord
 from ..core.passes import BlockPass, ModelPass, PassContext, PassResult, SurveyPass
-from ..core.plan import Plan
+from ..core.plan import Limits, Plan
 from ..core.progress import Reporter
 from ..models.checkpoint import Checkpoint
 from ..models.handle import TorchModel
@@ -63,7 +63,8 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         _warn_of_unused(model, reporter)
         passes = passes_of(plan.recipe)
         context = PassContext(seed=plan.recipe.seed, reporter=reporter)
-        model, results = _run_passes(model, passes, source.samples.rows if source.samples else [], context)
+        rows = source.samples.rows if source.samples else []
+        model, results = _run_passes(model, passes, rows, context, plan.limits)
         records = [_pass_record(one, result) for one, result in zip(passes, results, strict=True)]
         reference = make_reference(model, source.samples.held_out if source.samples else [], plan.recipe.seed)
         exports = _run_exports(model, plan, reference, stage, reporter)
@@ -95,12 +96,16 @@ def _load_samples(plan: Plan, location: Location, reporter: Reporter) -> Samples
 
 
 def _run_passes(
-    model: TorchModel, passes: Sequence[AnyPass], rows: Sequence[Sequence[int]], context: PassContext
+    model: TorchModel,
+    passes: Sequence[AnyPass],
+    rows: Sequence[Sequence[int]],
+    context: PassContext,
+    limits: Limits,
 ) -> tuple[TorchModel, list[PassResult]]:
     results: list[PassResult] = []
     for group in sweeps(passes):
         if isinstance(group[0], BlockPass):
-            results += run_sweep(model, cast("list[BlockPass[Any]]", group), rows, context)
+            results += run_sweep(model, cast("list[BlockPass[Any]]", group), rows, context, limits)
             if isinstance(group[0], SurveyPass):
                 results[-1].absorb(group[0].conclude(context))
                 context = replace(context, allocation={**context.allocation, **results[-1].allocation})

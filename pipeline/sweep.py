@@ -6,7 +6,9 @@ free it. The runner, not the pass, sees to the contract: only the block's own la
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,17 +16,23 @@ import torch
 from ..core.errors import LlmoptError, UsageError
 from ..core.model import Linear
 from ..core.passes import BlockPass, Need, PassContext, PassResult, Skip
+from ..core.plan import Limits
 from ..core.quantized import Grid, QuantizedWeight
 from ..models.blocks import LoadedBlock, loaded
 from ..models.handle import TorchModel
 from ..models.outside import outside_on_demand
 from ..models.replay import Replay
 from ..models.skeleton import Skeleton
+from ..models.states import States
 from ..models.text import batches
 
 
 def run_sweep(
-    model: TorchModel, passes: Sequence[BlockPass[Any]], rows: Sequence[Sequence[int]], context: PassContext
+    model: TorchModel,
+    passes: Sequence[BlockPass[Any]],
+    rows: Sequence[Sequence[int]],
+    context: PassContext,
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
 ) -> list[PassResult]:
     """Run block passes over all blocks; what they make goes to the model's store.
 
@@ -33,19 +41,23 @@ def run_sweep(
         passes: in order.
         rows: calibration samples as token ids; empty when no pass needs them.
         context: seed, target, reporter.
+        limits: batches of the samples, and how much of their hidden states stays in memory.
 
     Returns:
         For each pass, what it did.
     """
     skeleton = model.skeleton()
     calibrated = any(Need.CALIBRATION in one.requires() for one in passes)
-    replay = _replay(skeleton, rows) if calibrated else None
+    replay = _replay(model, skeleton, rows, limits) if calibrated else None
     results = [PassResult() for _ in passes]
     title = " + ".join(one.name for one in passes)
     last = skeleton.sites[-1]
+    tokens: list[int] = []
     with context.reporter.step(title, len(skeleton.sites)) as step, outside_on_demand(skeleton, model.read):
         for stack in skeleton.stacks:
-            for site in stack:
+            for site, following in zip_longest(stack, stack[1:]):
+                if following is not None:
+                    model.checkpoint.prefetch(skeleton.naming.sources_of(following.parameters))
                 with loaded(skeleton, site, model.read, model.facts.dtype, replay) as block:
                     for one, result in zip(passes, results, strict=True):
                         result.absorb(_run(one, block, context))
@@ -54,18 +66,36 @@ def run_sweep(
                     changed = {name: stored() for name, stored in block.changed.items()}
                     model.store.inputs.update(block.inputs)
                     model.store.caches.update(block.caches)
+                    tokens += block.expert_tokens.values()
                     model.store.put(block.name, block.results, transposed=block.transposed, changed=changed)
                 step.advance(detail=site.name)
+    if tokens:
+        _tell_experts(results[[Need.CALIBRATION in one.requires() for one in passes].index(True)], tokens)
     return results
 
 
-def _replay(skeleton: Skeleton, rows: Sequence[Sequence[int]]) -> Replay:
+def _tell_experts(result: PassResult, tokens: Sequence[int]) -> None:
+    """Say how many calibration tokens the experts of a mixture saw."""
+    least, median, most = min(tokens), statistics.median_low(tokens), max(tokens)
+    result.metrics |= {
+        "expert_tokens_least_count": least,
+        "expert_tokens_median_count": median,
+        "expert_tokens_most_count": most,
+    }
+    result.notes.append(f"experts saw {least} to {most} calibration tokens, median {median}")
+
+
+def _replay(model: TorchModel, skeleton: Skeleton, rows: Sequence[Sequence[int]], limits: Limits) -> Replay:
     if skeleton.model.main_input_name != "input_ids":
         raise UsageError(
             f"{type(skeleton.model).__name__} takes {skeleton.model.main_input_name}, calibration data is text",
             hint="use rtn, which needs no calibration data",
         )
-    return Replay(skeleton, batches(rows, decoder=bool(skeleton.config.is_encoder_decoder)))
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(model.facts.dtype, torch.float32)
+    decoder = bool(skeleton.config.is_encoder_decoder)
+    inputs = batches(rows, decoder=decoder, tokens=limits.batch_tokens)
+    folder = None if limits.states_bytes is None else model.store.folder
+    return Replay(skeleton, inputs, States(dtype, folder, limits.states_bytes or 0))
 
 
 def _run(one: BlockPass[Any], block: LoadedBlock, context: PassContext) -> PassResult:

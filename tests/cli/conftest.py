@@ -95,7 +95,7 @@ def install(monkeypatch: Any) -> dict[str, Any]:
     """Put the fakes in the place of pipeline/ and return what they are called with."""
     calls: dict[str, Any] = {}
 
-    def make_plan(recipe: Any) -> Plan:
+    def make_plan(recipe: Any, **_: Any) -> Plan:
         calls["recipe"] = recipe
         if recipe.model.id == "missing":
             raise UsageError("no such model", where="missing", hint="name a folder")

@@ -18,7 +18,7 @@ def failing(pipeline, llmopt, monkeypatch):
     """Return a function that runs a command in which `error` is raised."""
 
     def run(error, *more):
-        def make_plan(recipe):
+        def make_plan(recipe, **_):
             raise error
 
         monkeypatch.setattr(sys.modules["llmopt.pipeline.plan"], "make_plan", make_plan)

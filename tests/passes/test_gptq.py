@@ -6,10 +6,12 @@ from families import random_rows
 from helpers import open_model
 from llmopt.core.model import Linear, Product
 from llmopt.core.passes import PassContext
+from llmopt.core.plan import Limits
 from llmopt.models.text import batches
 from llmopt.passes.gptq import Gptq, GptqParams
-from llmopt.passes.numerics.gptq import Hessian, factorize, gptq
+from llmopt.passes.numerics.gptq import gptq
 from llmopt.passes.numerics.grid import round_to_nearest
+from llmopt.passes.numerics.hessian import Hessian, factorize
 from llmopt.pipeline.sweep import run_sweep
 
 DENSE = ["llama", "gpt2", "phi3", "t5", "bert", "gemma3", "opt", "gpt_neox"]
@@ -20,7 +22,7 @@ ROWS = random_rows(12, 32)
 def swept(folder, work, rows=ROWS, **params):
     """Return the handle after GPTQ, and what the pass says."""
     model = open_model(folder, work)
-    settings = {"group_size": 32, "act_order": True, "refits": 0} | params
+    settings = {"group_size": 32, "act_order": True, "prefits": 0, "refits": 0} | params
     (result,) = run_sweep(model, [Gptq(GptqParams(**settings))], rows, PassContext())
     return model, result
 
@@ -235,10 +237,36 @@ def test_nothing_is_reported_when_nothing_happened():
 
 
 def test_an_expert_without_tokens_is_rounded_to_nearest(family, tmp_path):
-    _, result = swept(family("mixtral", num_local_experts=16), tmp_path, rows=random_rows(1, 3))
+    _, result = swept(family("mixtral", num_local_experts=16), tmp_path, rows=random_rows(1, 3), min_tokens=0)
     idle = [note for note in result.notes if "no calibration token reaches it" in note]
     assert idle
     assert result.metrics["rounded_to_nearest_count"] == len(idle)
+
+
+def test_a_layer_that_too_few_tokens_reach_is_rounded_to_nearest():
+    _, few = run_on(torch.randn(15, 32), min_tokens=0.5)
+    _, enough = run_on(torch.randn(16, 32), min_tokens=0.5)
+    assert few.notes == ["layer: 15 calibration tokens reach it, 16 are needed; rounded to nearest"]
+    assert enough.notes == []
+
+
+def test_the_report_says_how_many_tokens_experts_saw(family, tmp_path):
+    _, result = swept(family("mixtral"), tmp_path)
+    told = [result.metrics[f"expert_tokens_{which}_count"] for which in ("least", "median", "most")]
+    assert told == sorted(told)
+    assert told[-1] > 0
+    assert result.notes[-1] == f"experts saw {told[0]} to {told[2]} calibration tokens, median {told[1]}"
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_hidden_states_on_disk_make_the_same_codes(name, family, tmp_path):
+    kept, _ = swept(family(name), tmp_path / "kept")
+    spilled = open_model(family(name), tmp_path / "spilled")
+    one = Gptq(GptqParams(group_size=32, prefits=0, refits=0))
+    run_sweep(spilled, [one], ROWS, PassContext(), Limits(states_bytes=0))
+    assert list(spilled.store.folder.glob("states-*.pt"))
+    for layer in kept.quantized:
+        assert kept.quantized_weight(layer).codes.equal(spilled.quantized_weight(layer).codes), layer
 
 
 def test_a_layer_that_the_samples_never_reach_is_skipped(family, tmp_path):

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt.core.quantized import BITS, Grid
-from llmopt.passes.numerics.gptq import Hessian, factorize, gptq
+from llmopt.passes.numerics import hessian as hessian_module
+from llmopt.passes.numerics.gptq import gptq
 from llmopt.passes.numerics.grid import fit_scales, round_to_nearest
+from llmopt.passes.numerics.hessian import Hessian, factorize
 
 GRIDS = [
     Grid(bits=bits, group_size=size, symmetric=symmetric)
@@ -88,9 +90,9 @@ def test_the_product_is_nearer_than_with_rounding_to_nearest(grid, act_order):
     w, matrix = weight(), hessian(inputs())
     nearest = error(w, round_to_nearest(w, grid, torch.float32), matrix)
     errors = []
-    for refits in (0, 3):
+    for prefits, refits in ((0, 0), (2, 0), (2, 3)):
         factor = factorize(matrix.clone(), damping=0.01, act_order=act_order)
-        quantized, told = gptq(w, factor, grid, torch.float32, refits=refits)
+        quantized, told = gptq(w, factor, grid, torch.float32, prefits=prefits, refits=refits)
         errors.append(error(w, quantized, matrix))
         assert float(told.sum()) == pytest.approx(error(w, quantized, factor.hessian), rel=1e-3)
     assert max(errors) < nearest
@@ -111,6 +113,15 @@ def test_refitting_never_makes_it_worse(seed, bits, symmetric, clip):
     ]
     for before, after in pairwise(told):
         assert bool((after <= before * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize("size", [16, 128, "channel", "tensor"])
+def test_fitting_scales_before_rounding_pays_on_a_coarse_grid(size):
+    matrix, w = hessian(inputs(2048, 256)), weight(64, 256)
+    grid = Grid(bits=2, group_size=size, symmetric=True)
+    factor = factorize(matrix, damping=0.01, act_order=True)
+    errors = [float(gptq(w, factor, grid, torch.float32, prefits=prefits)[1].sum()) for prefits in (0, 1, 2)]
+    assert errors[2] < errors[1] < errors[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -164,23 +175,19 @@ class TestDamping:
         assert error(w, quantized, matrix) < error(w, round_to_nearest(w, grid, torch.float32), matrix)
 
     def test_float64_where_float32_never_succeeds(self, monkeypatch):
-        from llmopt.passes.numerics import gptq as module
-
-        honest = module._inverse_factor
+        honest = hessian_module._cholesky
         monkeypatch.setattr(
-            module,
-            "_inverse_factor",
-            lambda matrix, added: honest(matrix, added) if matrix.dtype == torch.float64 else None,
+            hessian_module,
+            "_cholesky",
+            lambda matrix, order, double: honest(matrix, order, double=double) if double else None,
         )
         factor = factorize(hessian(inputs()), damping=0.01, act_order=True)
         assert factor.double
-        assert factor.upper.dtype == torch.float32
+        assert factor.feedback.dtype == torch.float32
         assert factor.damping == 0.01
 
     def test_gives_up_rather_than_guess(self, monkeypatch):
-        from llmopt.passes.numerics import gptq as module
-
-        monkeypatch.setattr(module, "_inverse_factor", lambda *_: None)
+        monkeypatch.setattr(hessian_module, "_cholesky", lambda *_, **__: None)
         assert factorize(hessian(inputs()), damping=0.01, act_order=True) is None
 
     def test_nothing_to_go_by(self):

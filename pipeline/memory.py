@@ -1,0 +1,149 @@
+"""How much memory a plan will take at its peak, and how it is kept below a limit.
+
+What is in memory at once follows the largest block and the widest layer, not the model; only the calibration samples'
+hidden states grow with what is asked for. They can go to disk, and the samples can come in smaller batches: those two
+are what a limit decides. Everything else is what the work needs at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..core.errors import UsageError
+from ..core.facts import ModelFacts
+from ..core.passes import BlockPass, Need
+from ..core.plan import Limits
+from ..core.recipe import CalibrationSpec
+from ..models.checkpoint import DTYPES
+from .steps import AnyExporter, AnyPass
+
+WHOLE_BYTES = 1 << 30
+"""A model of more bytes than this in float32 is verified block by block in transformers: opening it whole would take
+several times the memory that making it took."""
+
+_INTERPRETER = 420 << 20
+"""Resident memory of Python with torch, transformers and compressed-tensors imported and a model's modules built:
+measured with Python 3.11, torch 2.13 and transformers 5.23 on Linux."""
+
+_BATCHES = (2048, 1024, 512, 256)
+"""Tokens that run through a block at a time: the most that a limit leaves room for."""
+
+_ROWS = 2048
+"""Rows of a weight that a pass works on at a time."""
+
+_ACTIVATIONS = 4
+"""How many inputs of the widest layer are in memory at once while a block computes."""
+
+_UNPACKED = 8
+"""Bytes of a weight, beside itself, while its codes are unpacked."""
+
+_LOGITS = 4 * (1 << 23)
+_FLOAT = 4
+_WIDTHS = dict(DTYPES.values())
+
+
+class Phase(NamedTuple):
+    """What a part of the work holds in memory at its peak, the interpreter and hidden states not counted."""
+
+    words: str
+    nbytes: int
+
+
+class Estimate(NamedTuple):
+    """The peak memory of the whole process, and the limits that keep it there."""
+
+    peak_bytes: int
+    limits: Limits
+
+
+def estimate(
+    facts: ModelFacts,
+    passes: Sequence[AnyPass],
+    exporters: Sequence[AnyExporter],
+    calibration: CalibrationSpec | None,
+    max_memory: int | None = None,
+) -> Estimate:
+    """Estimate the peak; with `max_memory`, choose the batches and what goes to disk so that it stays below.
+
+    Raises:
+        UsageError: it cannot; the message says how much is needed at least.
+    """
+    calibrated = calibration is not None and any(Need.CALIBRATION in one.requires() for one in passes)
+    tokens = calibration.samples * calibration.length if calibration is not None and calibrated else 0
+    states = tokens * _hidden(facts) * min(_FLOAT, _WIDTHS[facts.dtype])
+    others = max([*_exports(facts, exporters), _verification(facts)], key=lambda phase: phase.nbytes)
+    sweeps = {batch: _sweep(facts, passes, min(batch, tokens)) for batch in _BATCHES}
+    if max_memory is None:
+        batch = _BATCHES[0]
+        peak = _INTERPRETER + max(others.nbytes, sweeps[batch].nbytes + states)
+        return Estimate(peak, Limits(batch_tokens=batch))
+    available = max_memory - _INTERPRETER
+    least = max(others, sweeps[_BATCHES[-1]], key=lambda phase: phase.nbytes)
+    if least.nbytes > available:
+        raise _too_little(least, max_memory)
+    batch = next(batch for batch, sweep in sweeps.items() if sweep.nbytes <= available)
+    room = available - sweeps[batch].nbytes
+    peak = _INTERPRETER + max(others.nbytes, sweeps[batch].nbytes + min(states, room))
+    return Estimate(peak, Limits(batch_tokens=batch, states_bytes=room))
+
+
+def _too_little(least: Phase, max_memory: int) -> UsageError:
+    needed = _INTERPRETER + least.nbytes
+    return UsageError(
+        f"at least {_gib(needed)} of memory are needed, {_gib(max_memory)} are allowed",
+        where=f"{least.words}: {_gib(least.nbytes)}; Python and its libraries: {_gib(_INTERPRETER)}",
+        hint=f"use --max-memory {needed / 2**30 + 0.005:.2f}GiB or more",
+    )
+
+
+def _sweep(facts: ModelFacts, passes: Sequence[AnyPass], tokens: int) -> Phase:
+    """Return the peak of working on the largest block, `tokens` of the calibration samples at a time."""
+    width = _WIDTHS[facts.dtype]
+    block = facts.largest_block_bytes // width
+    largest, widest = _largest(facts), max((linear.in_features for linear in facts.linears), default=0)
+    if not any(isinstance(one, BlockPass) for one in passes):
+        return Phase("no block is worked on", 0)
+    if not tokens:  # the layer that is rounded, and the block's codes, which are copied to be written
+        return Phase("the largest block", largest * width + 2 * block)
+    hessian = _FLOAT * widest**2
+    collecting = hessian + _ACTIVATIONS * _FLOAT * tokens * widest
+    rounding = 2 * hessian + 10 * min(_ROWS, largest // max(1, widest)) * widest
+    held = (_FLOAT + 1) * block + min(facts.outside_bytes, _embedding(facts) * width)
+    return Phase(f"the largest block, its codes and the Hessian of {widest} inputs", held + max(collecting, rounding))
+
+
+def _exports(facts: ModelFacts, exporters: Sequence[AnyExporter]) -> list[Phase]:
+    whole = facts.parameters * _FLOAT
+    return [
+        Phase(f"export `{exporter.name}` holds the whole model", 2 * whole)
+        for exporter in exporters
+        if exporter.runtime != "transformers"
+    ]
+
+
+def _verification(facts: ModelFacts) -> Phase:
+    width = _WIDTHS[facts.dtype]
+    if facts.parameters * _FLOAT <= WHOLE_BYTES:
+        return Phase("opening the artifact again", facts.parameters * (_FLOAT + width))
+    block = facts.largest_block_bytes // width * _FLOAT + _UNPACKED * _largest(facts)
+    head = _embedding(facts) * width
+    return Phase("computing the largest block to verify it", max(block, head) + _LOGITS)
+
+
+def _largest(facts: ModelFacts) -> int:
+    return max((linear.out_features * linear.in_features for linear in facts.linears), default=0)
+
+
+def _hidden(facts: ModelFacts) -> int:
+    return min((linear.in_features for linear in facts.linears), default=0)
+
+
+def _embedding(facts: ModelFacts) -> int:
+    """Return the weights of the embedding, as far as config.json tells."""
+    text = facts.config.get("text_config") or facts.config
+    return int(text.get("vocab_size") or 0) * _hidden(facts)
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"
