@@ -93,7 +93,7 @@ def round_activations(values: Tensor, scale: Tensor, number: ActivationNumber, z
     if number == "fp8":
         # Four significant bits, down to steps of 2^-9: what a cast to e4m3 gives.
         exponent = scaled.frexp().exponent.sub(4).clamp_min(-9)
-        step = scaled.new_ones(()).ldexp(exponent)
+        step = scaled.new_ones(scaled.shape).ldexp(exponent)
         return (scaled / step).round().mul(step).clamp(-_E4M3_LARGEST, _E4M3_LARGEST) * scale
     whole = (scaled + zero_point).clamp(_INT8_LOW, _INT8_HIGH).round()
     return (whole - zero_point) * scale

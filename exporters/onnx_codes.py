@@ -87,6 +87,12 @@ def check_layout(facts: ModelFacts, grid: Grid | None, *, format_name: str) -> N
     Raises:
         UsageError: it names the first layer and the group sizes that work.
     """
+    if grid is not None and grid.number != "int":
+        raise UsageError(
+            f"`{format_name}` cannot hold {grid} weights",
+            where="ONNX Runtime's CPU kernels for packed weights compute with integers",
+            hint="use a scheme with integer weights, such as w8a16 or w4a16, or --export safetensors",
+        )
     for linear in facts.linears if grid is not None else ():
         assert grid is not None
         if block_size(grid, linear.in_features) is None:

@@ -18,8 +18,8 @@ _SMALLEST_SHARE = 0.4
 """The clip search tries ranges from the full one down to this share of it."""
 _LARGEST: dict[Number, float] = {"fp8": 448.0, "nvfp4": 6.0, "mxfp4": 6.0}
 _MX_LIMIT = 7.0
-_E2M1_BORDERS = (0.25, math.nextafter(0.75, 0), 1.25, math.nextafter(1.75, 0), 2.5, math.nextafter(3.5, 0), 5.0)
-"""Where numbers of e2m1 are rounded up; halfway to the one whose last bit is 0."""
+_E2M1_BORDERS = (0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5.0)
+"""Above these numbers of e2m1 are rounded up; halfway they go to the one whose last bit is 0."""
 
 
 @dataclass(frozen=True, slots=True)
