@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -109,7 +109,9 @@ class Safetensors(Exporter[SafetensorsParams]):
         ):
             for name, value in model.tensors():
                 if isinstance(value, QuantizedWeight) and layout is not None:
-                    for part, tensor in layout.pack(value, model.inputs.get(name)).items():
+                    inputs = model.inputs.get(name)
+                    dtype = str(value.scale.dtype).removeprefix("torch.")
+                    for part, tensor in (layout.pack(value, inputs) | layout.input_parts(inputs, dtype)).items():
                         writer.write(f"{name}.{part}", tensor)
                 elif isinstance(value, QuantizedWeight):
                     writer.write(f"{name}.weight", model.read(f"{name}.weight"))
@@ -122,12 +124,29 @@ class Safetensors(Exporter[SafetensorsParams]):
         return ExportResult(notes=layout.notes(model) if layout is not None else [])
 
     def weights_equal(self, model: ExportableModel, directory: Path) -> bool | None:
-        """Unpack every quantized layer and compare codes, scales and zero points bit for bit."""
+        """Unpack every quantized layer and compare codes, scales and zero points bit for bit.
+
+        So too the scales of activations.
+        """
         layout = self._layout_of(model)
         if layout is None:
             return None
-        read = read_packed(layout, model, directory)
-        return all(_equal(weight, model.quantized_weight(name)) for name, weight in read)
+        shards = _shards(directory)
+        others = layout.others(model)
+        if not all(_read(directory, shards, name).equal(tensor) for name, tensor in others.items()):
+            return False
+        specs = model.tensor_specs()
+        for layer, grid in model.quantized.items():
+            dtype, shape = specs[f"{layer}.weight"]
+            inputs = model.inputs.get(layer)
+            names = layout.specs(shape, dtype, grid, inputs)
+            parts = {part: _read(directory, shards, f"{layer}.{part}") for part in names}
+            known = layout.input_parts(inputs, dtype)
+            if not all(parts[part].equal(tensor) for part, tensor in known.items()):
+                return False
+            if not _equal(layout.unpack(parts, grid, dtype), model.quantized_weight(layer)):
+                return False
+        return True
 
     def _layout(self, grid: Grid | None) -> Layout | None:
         """Return the layout that weights on `grid` are packed in, None when nothing is packed."""
@@ -136,24 +155,9 @@ class Safetensors(Exporter[SafetensorsParams]):
         return LAYOUTS.load("compressed-tensors" if self.params.format == "auto" else self.params.format)()
 
     def _layout_of(self, model: ExportableModel) -> Layout | None:
+        if model.caches and not model.quantized:
+            return LAYOUTS.load("compressed-tensors")()
         return self._layout(next(iter(model.quantized.values()), None))
-
-
-def read_packed(layout: Layout, model: ExportableModel, directory: Path) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Read the quantized layers of an artifact back.
-
-    Args:
-        layout: how they were packed.
-        model: the model that was exported: which layers, of what shape, on which grid.
-        directory: the artifact.
-    """
-    shards = _shards(directory)
-    specs = model.tensor_specs()
-    for layer, grid in model.quantized.items():
-        dtype, shape = specs[f"{layer}.weight"]
-        names = layout.specs(shape, dtype, grid, model.inputs.get(layer))
-        parts = {part: _read(directory, shards, f"{layer}.{part}") for part in names}
-        yield layer, layout.unpack(parts, grid, dtype)
 
 
 def _shards(directory: Path) -> Mapping[str, str]:

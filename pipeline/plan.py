@@ -16,7 +16,7 @@ from ..core.target import Target
 from ..models.checkpoint import DTYPES, Checkpoint
 from ..models.locate import context_length, locate
 from ..models.outline import outline
-from .grids import check_exports, packed_bytes, quantized_layers
+from .grids import check_exports, input_grid, packed_bytes, quantized_layers
 from .memory import estimate
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
 
@@ -144,7 +144,9 @@ def _size(exporter: AnyExporter, passes: Sequence[AnyPass], facts: ModelFacts) -
     linears = quantized_layers(passes, facts)
     if not linears or getattr(exporter.params, "format", "auto") == "plain":
         return facts.parameters * width
-    containers = (2, 4, 8) if onnx else None
+    rounded = input_grid(passes)
+    # Beside int8 inputs weights are stored in whole bytes.
+    containers = (2, 4, 8) if onnx else (8,) if rounded is not None and rounded.number == "int8" else None
     packed = packed_bytes(passes, facts, scale_bits=8 * width, containers=containers)
     weights = sum(linear.out_features * linear.in_features for linear in linears)
     return int(packed) + (facts.parameters - weights) * width

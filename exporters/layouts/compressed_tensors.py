@@ -137,10 +137,17 @@ class CompressedTensors(Layout):
             parts |= {"weight_scale": scale.to(torch.float8_e4m3fn), "weight_global_scale": weight.divisor}
         elif weight.grid.number == "mxfp4":
             parts["weight_scale"] = (scale.float().frexp().exponent + (_E8M0_BIAS - 1)).to(torch.uint8)
-        if inputs is not None and inputs.scale is not None:
-            parts["input_scale"] = torch.tensor([inputs.scale], dtype=weight.scale.dtype)
-            if not inputs.grid.symmetric:
-                parts["input_zero_point"] = torch.tensor([inputs.zero_point], dtype=torch.int8)
+        return parts
+
+    def input_parts(self, inputs: QuantizedInput | None, dtype: str) -> dict[str, Tensor]:
+        """Return the fixed scale of a layer's input."""
+        if inputs is None or inputs.scale is None:
+            return {}
+        import torch
+
+        parts = {"input_scale": torch.tensor([inputs.scale], dtype=getattr(torch, dtype))}
+        if not inputs.grid.symmetric:
+            parts["input_zero_point"] = torch.tensor([inputs.zero_point], dtype=torch.int8)
         return parts
 
     def unpack(self, parts: Mapping[str, Tensor], grid: Grid, dtype: str) -> QuantizedWeight:
@@ -187,7 +194,7 @@ class CompressedTensors(Layout):
             }
         config = {
             "quant_method": "compressed-tensors",
-            "format": "mixed-precision" if several else next(iter(formats.values())),
+            "format": "mixed-precision" if several else next(iter(formats.values()), "dense"),
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": unpacked_modules(model),

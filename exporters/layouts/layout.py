@@ -82,6 +82,10 @@ class Layout:
         """
         raise NotImplementedError
 
+    def input_parts(self, inputs: QuantizedInput | None, dtype: str) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return the tensors that say how a layer's input is rounded, by part; `dtype` is the model's."""
+        return {}
+
     def others(self, model: ExportableModel) -> dict[str, Tensor]:  # noqa: ARG002
         """Return tensors beside those of the layers, by name."""
         return {}

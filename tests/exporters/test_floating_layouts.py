@@ -42,7 +42,7 @@ def weights(draw):
 
 def packed(weight: QuantizedWeight, inputs: QuantizedInput | None) -> dict[str, torch.Tensor]:
     layout, dtype = CompressedTensors(), str(weight.scale.dtype).removeprefix("torch.")
-    parts = layout.pack(weight, inputs)
+    parts = layout.pack(weight, inputs) | layout.input_parts(inputs, dtype)
     announced = layout.specs(weight.shape, dtype, weight.grid, inputs)
     assert {part: (str(t.dtype), tuple(t.shape)) for part, t in parts.items()} == {
         part: (spec.dtype, spec.shape) for part, spec in announced.items()

@@ -82,6 +82,14 @@ def test_keys_and_values_are_rounded_there_too(family, text, tmp_path, number):
     assert manifest.exports[0].verification.max_difference < 1e-3
 
 
+def test_keys_and_values_alone(family, text, tmp_path):
+    manifest, config, tensors = made(family, text, tmp_path, {"quantize-kv": {}})
+    assert config["config_groups"] == {}
+    assert tensors["model.layers.1.self_attn.v_scale"].shape == (1,)
+    assert manifest.exports[0].verification.weights_equal
+    assert manifest.exports[0].verification.max_difference < 1e-3
+
+
 @pytest.mark.parametrize(
     "extra",
     [
