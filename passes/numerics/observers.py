@@ -14,8 +14,10 @@ Observer = Literal["minmax", "percentile", "entropy", "mse"]
 
 _BINS = 4096
 _SHARES = 100
-_SMALLEST_SHARE = 0.02
-"""Searches try ranges from the full one down to this share of it."""
+_SMALLEST_SHARE = 1 / 16
+"""Searches try ranges from the full one down to this share of it, where 256 bins are left for 256 levels."""
+_NEAR_ZERO = 8
+"""Bins on either side of zero, as many as a level of the full range covers, that the entropy does not weigh more."""
 _LOW, _HIGH = -128, 127
 
 
@@ -102,18 +104,23 @@ def _lost_information(histogram: Histogram, rounding: QuantizedInput) -> float:
 
     What lies beyond the range counts to the outermost bins that do not.
     """
+    # Values about zero are told apart by no range, and would decide by their number.
+    counts, middle = histogram.counts.clone(), int(histogram.centers.abs().argmin())
+    near = slice(max(0, middle - _NEAR_ZERO), middle + _NEAR_ZERO + 1)
+    edges = counts[[max(0, near.start - 1), min(_BINS - 1, near.stop)]]
+    counts[near] = counts[near].clamp_max(float(edges.max()))
     rounded = rounding.round(histogram.centers)
     inside = (rounded - histogram.centers).abs() <= _half_steps(rounded)
     if not bool(inside.any()):
         return float("inf")
     places = inside.nonzero().squeeze(1)
-    true = torch.zeros_like(histogram.counts)
-    true[places] = histogram.counts[places]
-    true[places[0]] += histogram.counts[: places[0]].sum()
-    true[places[-1]] += histogram.counts[places[-1] + 1 :].sum()
+    true = torch.zeros_like(counts)
+    true[places] = counts[places]
+    true[places[0]] += counts[: places[0]].sum()
+    true[places[-1]] += counts[places[-1] + 1 :].sum()
     _, levels = rounded.unique(return_inverse=True)
-    filled = (histogram.counts > 0) & inside
-    mass = torch.zeros(int(levels.max()) + 1, dtype=torch.float64).index_add_(0, levels, histogram.counts * inside)
+    filled = (counts > 0) & inside
+    mass = torch.zeros(int(levels.max()) + 1, dtype=torch.float64).index_add_(0, levels, counts * inside)
     bins = torch.zeros_like(mass).index_add_(0, levels, filled.double())
     spread = torch.where(filled, (mass / bins.clamp_min(1))[levels], 0)
     share, guess = true / true.sum(), spread / spread.sum().clamp_min(1e-300)
