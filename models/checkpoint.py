@@ -6,6 +6,7 @@ because a header that lies about sizes deserves a message that names the tensor.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import struct
@@ -117,6 +118,16 @@ class Checkpoint:
                 hint=_FETCH_AGAIN,
             )
         return tensor
+
+    def with_copies(self, copies: Mapping[str, str]) -> Checkpoint:
+        """Return the checkpoint with further tensors, each reading what another one holds.
+
+        Args:
+            copies: name of a new tensor -> name of the one that it begins as a copy of.
+        """
+        made = copy.copy(self)
+        made.tensors = self.tensors | {name: self.tensors[source] for name, source in copies.items()}
+        return made
 
     @property
     def nbytes(self) -> int:

@@ -18,6 +18,7 @@ PASSES: Registry[Pass[Any]] = Registry(
         "fold-norms": "fold_norms:FoldNorms",
         "gptq": "gptq:Gptq",
         "hqq": "hqq:Hqq",
+        "rotate": "rotate:Rotate",
         "rtn": "rtn:Rtn",
         "smooth": "smooth:Smooth",
     },
