@@ -170,7 +170,9 @@ class LoadedBlock:
             self._once = {unit: sighting.times == 1 for unit, sighting in seen.items()}
             self._order_seen = list(self._order(seen))
             self._norms = {
-                self._unit(product.linears[0]): [(call.path, call.module) for call in norms if same_input(call.output, read)]
+                self._unit(product.linears[0]): [
+                    (call.path, call.module) for call in norms if same_input(call.output, read)
+                ]
                 for stage in self._order_seen
                 for product in stage
                 for unit in [self._unit(product.linears[0])]

@@ -9,7 +9,7 @@ block must show (rotation.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -73,9 +73,12 @@ def block_roles(skeleton: Skeleton, site: BlockSite, run: Callable[[], object], 
     calls: list[NormCall] = []
     inputs: dict[str, Tensor] = {}
     modules = [(f"{site.name}.{path}", module) for path, module in site.module.named_modules()]
-    with torch.no_grad(), norm_calls(modules, calls.append):
-        with Watch(_addresses(skeleton, site), lambda unit, tensor: inputs.setdefault(unit[0], tensor)):
-            run()
+
+    def see(unit: Unit, tensor: Tensor) -> None:
+        inputs.setdefault(unit[0], tensor)
+
+    with torch.no_grad(), norm_calls(modules, calls.append), Watch(_addresses(skeleton, site), see):
+        run()
     calls = [call for call in calls if call.output.shape[-1] == width]
     roles, norms = Roles(), Norms(skeleton)
     shapes = {name: _shape(skeleton, name) for name in site.parameters if skeleton.parameter(name).ndim >= 2}
@@ -160,9 +163,7 @@ def _addresses(skeleton: Skeleton, site: BlockSite) -> dict[int, Unit]:
     return addresses
 
 
-def _add_unseen(
-    skeleton: Skeleton, roles: Roles, unseen: Mapping[str, tuple[int, int]], width: int
-) -> None:
+def _add_unseen(skeleton: Skeleton, roles: Roles, unseen: Mapping[str, tuple[int, int]], width: int) -> None:
     """Give experts that no token came to the role of the others; refuse what is nobody's like."""
     readers = {_role(name): norm for name, norm in roles.readers.items()}
     writers = {_role(name) for name in roles.writers}
@@ -199,9 +200,3 @@ def _parallel(made: Tensor, expected: Tensor) -> bool:
     """Return whether each row is the other one's but for its length."""
     first, second = _unit_rows(made), _unit_rows(expected)
     return bool((((first * second).sum(-1) >= _PARALLEL) | (first == second).all(-1)).all())
-
-
-def wide_parameters(skeleton: Skeleton, width: int) -> Sequence[str]:
-    """Return the matrices outside the blocks that are as wide as the stream."""
-    shapes = {name: skeleton.parameter(name).shape for name in skeleton.outside}
-    return [name for name, shape in shapes.items() if len(shape) >= 2 and width in shape]

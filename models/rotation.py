@@ -13,21 +13,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.errors import UsageError
+from ..core.errors import LlmoptError, UsageError
 from ..core.model import Product, Rotation, RotationReport
 from ..core.progress import Reporter
 from .blocks import LoadedBlock, loaded
+from .ends import Ends, find_ends
 from .locate import context_length
 from .outside import outside_on_demand
 from .producers import Producer, same
 from .replay import Call, Replay
-from .residual import Norms, Roles, block_roles, reader_of, refusal, wide_parameters
+from .residual import Roles, block_roles, refusal
 from .skeleton import BlockSite, Skeleton
 from .text import batches, random_rows
 from .turning import Turn, Turns, along
-from .watch import NormCall, norm_calls
 
 if TYPE_CHECKING:
     from .handle import TorchModel
@@ -95,7 +95,7 @@ class _Rotator:
     def run(self, reporter: Reporter) -> tuple[TorchModel, RotationReport]:
         """Rotate block after block, then what lies outside of them."""
         skeleton, model, done = self._skeleton, self._model, self._done
-        ends: _Ends | None = None
+        ends: Ends | None = None
         difference = None
         with outside_on_demand(skeleton, model.read), torch.no_grad():
             with reporter.step("rotate", len(skeleton.sites)) as step:
@@ -104,7 +104,7 @@ class _Rotator:
                         self._block(site, first=site is stack[0])
                         if self._stream is not None and ends is None:
                             # Looked at before the rest of the blocks: what cannot be rotated is refused early.
-                            ends = _find_ends(skeleton, self._outputs, self._stream.width)
+                            ends = find_ends(skeleton, self._outputs, self._stream.width)
                         step.advance(detail=site.name)
             expected = self._outputs() if ends is not None else {}
         if ends is not None:
@@ -124,12 +124,12 @@ class _Rotator:
     def _block(self, site: BlockSite, *, first: bool) -> None:
         skeleton, model = self._skeleton, self._model
         with loaded(skeleton, site, model.read, model.facts.dtype, self._replay) as block:
-            call = self._replay.call(site, 0)
-            made = site.module(*call[0], **call[1])
+            made = _run(site, self._replay.call(site, 0))
             turns = Turns()
             if self._values is not None:
                 self._pair(block, turns)
-            roles = self._find_stream(site, call, turns) if self._residual is not None else Roles()
+            roles = self._find_stream(site, turns) if self._residual is not None else Roles()
+            call = self._replay.call(site, 0)  # a new one each time: a block may write to the cache it is given
             self._replay.finish(site, first=first)
             changed = self._load_turned(site, turns)
             self._prove(site, call, made, roles)
@@ -137,14 +137,15 @@ class _Rotator:
             self._done.changed += changed
             self._last = made
 
-    def _find_stream(self, site: BlockSite, call: Call, turns: Turns) -> Roles:
+    def _find_stream(self, site: BlockSite, turns: Turns) -> Roles:
         """Add what a rotation of the residual stream does to a block."""
         assert self._residual is not None, "asked for"
+        call = self._replay.call(site, 0)
         if self._stream is None:
             self._first = _hidden(call)
             self._stream = self._residual(self._first.shape[-1])
         skeleton = self._skeleton
-        roles = block_roles(skeleton, site, lambda: site.module(*call[0], **call[1]), self._stream.width)
+        roles = block_roles(skeleton, site, lambda: _run(site, call), self._stream.width)
         if not roles.readers:
             raise refusal(skeleton, f"no layer of `{site.name}` reads what a norm makes of the stream")
         for name, norm in roles.readers.items():
@@ -236,7 +237,7 @@ class _Rotator:
     def _prove(self, site: BlockSite, call: Call, made: Any, roles: Roles) -> None:
         """Compare the update of the turned block, its weights loaded, with the turned update."""
         given, turned = _hidden(call), self._turned_call(call)
-        again = _states(site.module(*turned[0], **turned[1]))
+        again = _states(_run(site, turned))
         expected = self._turned(_states(made).double() - given.double())
         got = again.double() - _hidden(turned).double()
         off = (got - expected).abs().amax(-1).flatten() / expected.abs().max().clamp_min(1e-30)
@@ -246,6 +247,12 @@ class _Rotator:
         self._done.difference = max(self._done.difference, difference)
         if difference <= _EXACT:
             return
+        if self._stream is None:
+            raise LlmoptError(
+                f"`{site.name}` computes something else when the values of its heads are rotated",
+                where=f"its update is off by {difference:.2g} of its largest value",
+                hint="leave them as they are with `values: false`",
+            )
         unread = f"; `{roles.unread[0]}` weighs something else than what layers read" if roles.unread else ""
         raise refusal(
             self._skeleton, f"`{site.name}` rotated does not give the rotated output: off by {difference:.2g}{unread}"
@@ -264,7 +271,7 @@ class _Rotator:
         """Run what follows the blocks on what the last finished one returned."""
         return self._replay.outputs(self._skeleton.sites[-1], 0, self._last, self._model.read)
 
-    def _turn_ends(self, ends: _Ends) -> TorchModel:
+    def _turn_ends(self, ends: Ends) -> TorchModel:
         """Write what lies outside the blocks; return the model, its head untied if it has to be."""
         assert self._stream is not None, "there are ends of a stream"
         model = self._model
@@ -304,74 +311,6 @@ class _Rotator:
         return off
 
 
-@dataclass(slots=True)
-class _Ends:
-    """What of the stream lies outside the blocks, by parameter.
-
-    Attributes:
-        embeddings: tables whose rows begin the stream.
-        readers: weight of a layer -> what the norm before it multiplies by, None when that is the same everywhere.
-        norms: weight of a folded norm -> the value that makes it multiply by 1.
-        must_untie: an embedding and a reader share a weight, and a norm is folded into the latter.
-        untied: the new tensor, once it is there.
-    """
-
-    embeddings: list[str]
-    readers: dict[str, Tensor | None]
-    norms: dict[str, float]
-    must_untie: bool
-    untied: str | None = None
-
-
-def _find_ends(skeleton: Skeleton, run: Callable[[], object], width: int) -> _Ends:
-    """Return what reads and writes the stream outside the blocks; `run` computes it once, the blocks left out."""
-    calls: list[NormCall] = []
-    tables: dict[str, nn.Module] = {}
-    inputs: dict[str, Tensor] = {}
-    handles: list[Any] = []
-    outside = [
-        (path, module)
-        for path, module in skeleton.model.named_modules()
-        if any(skeleton.canonical(f"{path}.{key}") in skeleton.outside for key in module._parameters)
-    ]
-    for path, module in outside:
-        if isinstance(module, nn.Embedding) and module.embedding_dim == width:
-            handles.append(module.register_forward_hook(lambda one, _, __, path=path: tables.update({path: one})))
-        elif isinstance(module, nn.Linear) and module.in_features == width:
-            handles.append(module.register_forward_pre_hook(lambda _, args, path=path: inputs.update({path: args[0]})))
-    try:
-        with norm_calls(outside, calls.append):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    norms, found = Norms(skeleton), _Ends([f"{path}.weight" for path in tables], {}, {}, must_untie=False)
-    for path, tensor in inputs.items():
-        call = reader_of(tensor, calls)
-        if call is None:
-            raise refusal(skeleton, f"`{path}` reads the stream, or something as wide, past the last norm")
-        norm = norms.norm(call)
-        found.readers[f"{path}.weight"] = norm.multiplier
-        if norm.multiplier is not None:
-            found.norms[f"{norm.path}.weight"] = norm.one
-    _check_ends(skeleton, found, width)
-    begun = {skeleton.canonical(name) for name in found.embeddings}
-    found.must_untie = any(
-        skeleton.canonical(name) in begun and multiplier is not None for name, multiplier in found.readers.items()
-    )
-    return found
-
-
-def _check_ends(skeleton: Skeleton, ends: _Ends, width: int) -> None:
-    """Refuse a model without a head, and one with matrices that text alone does not come to (a projector of images)."""
-    if not ends.readers:
-        raise refusal(skeleton, "no layer reads its last norm: the stream itself is the model's output")
-    known = {skeleton.canonical(name) for name in (*ends.embeddings, *ends.readers)}
-    unseen = [name for name in wide_parameters(skeleton, width) if name not in known]
-    if unseen:
-        raise refusal(skeleton, f"`{unseen[0]}` is as wide as the stream, and no product with it was seen")
-
-
 def _batches(skeleton: Skeleton, seed: int) -> list[dict[str, Tensor]]:
     length = min(_LENGTH, context_length(skeleton.config.to_dict()) or _LENGTH)
     rows = random_rows(skeleton.config.get_text_config().vocab_size, rows=_ROWS, length=length, seed=seed)
@@ -390,6 +329,10 @@ def _hidden(call: Call) -> Tensor:
     return next(
         value for value in (*call[0], *call[1].values()) if isinstance(value, Tensor) and value.is_floating_point()
     )
+
+
+def _run(site: BlockSite, call: Call) -> Any:
+    return site.module(*call[0], **call[1])
 
 
 def _states(made: Any) -> Tensor:

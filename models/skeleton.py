@@ -138,7 +138,7 @@ class Skeleton:
         return self._aliases.get(name, [name])[0]
 
     def untied_copies(self) -> dict[str, str]:
-        """Return the checkpoint tensors that are missing as long as parameters are tied, and the one each is tied to."""
+        """Return the tensors that the checkpoint lacks because parameters are tied, and the one each is tied to."""
         missing = [name for name in self._aliases if name not in self.naming.of_target]
         found = {name: self.checkpoint_name(name) for name in missing if self.canonical(name) in self.outside}
         return {name: source for name, source in found.items() if source is not None}

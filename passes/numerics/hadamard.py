@@ -74,7 +74,7 @@ def sylvester(size: int) -> Tensor:
 
 
 def paley(size: int) -> Tensor | None:
-    """Return a Hadamard matrix, entries ±1, from the quadratic residues of a prime (Paley, 1933); None if there is none.
+    """Return a Hadamard matrix, entries ±1, from the quadratic residues of a prime (Paley, 1933); None without one.
 
     1. q = size - 1 is a prime with q = 3 mod 4: I + S.
     2. q = size / 2 - 1 is a prime with q = 1 mod 4: S ⊗ [[1, 1], [1, -1]] + I ⊗ [[1, -1], [-1, -1]].
