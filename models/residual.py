@@ -81,7 +81,9 @@ def block_roles(skeleton: Skeleton, site: BlockSite, run: Callable[[], object], 
         run()
     calls = [call for call in calls if call.output.shape[-1] == width]
     roles, norms = Roles(), Norms(skeleton)
-    shapes = {name: _shape(skeleton, name) for name in site.parameters if skeleton.parameter(name).ndim >= 2}
+    matrices = [name for name in site.parameters if skeleton.parameter(name).ndim >= 2]
+    biases = {_bias(name) for name in matrices}
+    shapes = {name: _shape(skeleton, name) for name in matrices if name not in biases}
     for name, tensor in inputs.items():
         outputs, columns = shapes[name]
         call = reader_of(tensor, calls) if columns == width else None

@@ -126,9 +126,9 @@ class _Rotator:
         with loaded(skeleton, site, model.read, model.facts.dtype, self._replay) as block:
             made = _run(site, self._replay.call(site, 0))
             turns = Turns()
+            roles = self._find_stream(site, turns) if self._residual is not None else Roles()
             if self._values is not None:
                 self._pair(block, turns)
-            roles = self._find_stream(site, turns) if self._residual is not None else Roles()
             call = self._replay.call(site, 0)  # a new one each time: a block may write to the cache it is given
             self._replay.finish(site, first=first)
             changed = self._load_turned(site, turns)
@@ -177,14 +177,17 @@ class _Rotator:
             if size is None or producer is None:
                 continue
             found, rotation = True, self._head(size)
+            gain = _gain(block, product, producer, turns)
+            scale = 1 / gain[producer.channels]
             for linear in product.linears:
-                turns.add(f"{linear.name}.weight", columns=rotation, transposed=linear in block.transposed)
+                turned = linear in block.transposed
+                turns.add(f"{linear.name}.weight", scale=scale, columns=rotation, transposed=turned)
             maker = next(linear for linear in block.linears if linear.name == producer.name)
             start = maker.out_features - producer.width
             for part in producer.parts:
                 vector = part.tensor.ndim == 1
                 turned = not vector and maker in block.transposed
-                turns.add(part.name, rows=rotation, start=start, transposed=turned, vector=vector)
+                turns.add(part.name, gain=gain, rows=rotation, start=start, transposed=turned, vector=vector)
             self._done.paired += len(product.linears)
         if not found:
             self._done.skipped.append((block.name, "no layer makes its heads' values in rows of its own"))
@@ -309,6 +312,24 @@ class _Rotator:
         if off > limit:
             raise refusal(skeleton, f"what follows the blocks does not make the same of the rotated stream: {off:.2g}")
         return off
+
+
+def _gain(block: LoadedBlock, product: Product, producer: Producer, turns: Turns) -> Tensor:
+    """Return what to multiply the rows that make values by, (channels,) float64, and to divide their columns by.
+
+    A rotation mixes the channels of a head, whose rows and columns may be of any scale as long as they match; the error
+    of a channel of large rows would then drown those of small ones. So rows and columns are made equally long first
+    (Nagel et al., 2019, Data-free quantization).
+    """
+    weight = next(part for part in producer.parts if part.tensor.ndim == 2)
+    folded = turns.of[weight.name].scale if weight.name in turns.of else None
+    rows = weight.tensor.double() if folded is None else weight.tensor.double() * folded
+    columns = torch.zeros(producer.width, dtype=torch.float64)
+    for linear in product.linears:
+        columns.index_add_(0, producer.channels, block.weight(linear).double().square().sum(0))
+    gain = (columns.sqrt() / rows.norm(dim=1)).sqrt()
+    live = gain.isfinite() & (gain > 0)
+    return torch.where(live, gain / gain[live].log().mean().exp(), 1.0)
 
 
 def _batches(skeleton: Skeleton, seed: int) -> list[dict[str, Tensor]]:

@@ -25,6 +25,7 @@ class Turn:
     Attributes:
         fill: every value becomes this one (the weight of a norm that was folded); nothing else is done then.
         scale: what the columns are multiplied by, (in_features,) float64.
+        gain: what the rows from `start` on are multiplied by, float64.
         columns: Q of the input side; a weight W becomes W Q. An embedding's rows are turned the same way.
         rows: Q of the output side; W becomes Qᵀ W, a bias b becomes b Q.
         start: the first row, or entry of a bias, that `rows` turns.
@@ -34,6 +35,7 @@ class Turn:
 
     fill: float | None = None
     scale: Tensor | None = None
+    gain: Tensor | None = None
     columns: Rotation | None = None
     rows: Rotation | None = None
     start: int = 0
@@ -74,7 +76,8 @@ class Turn:
     def _from_start(self, rows: Tensor) -> Tensor:
         """Turn the last axis from `start` on."""
         assert self.rows is not None, "a bias is turned on the output side"
-        return torch.cat([rows[..., : self.start], along(self.rows, rows[..., self.start :])], -1)
+        kept, turned = rows[..., : self.start], rows[..., self.start :]
+        return torch.cat([kept, along(self.rows, turned if self.gain is None else turned * self.gain)], -1)
 
 
 @dataclass(slots=True)
