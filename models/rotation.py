@@ -328,8 +328,7 @@ def _gain(block: LoadedBlock, product: Product, producer: Producer, turns: Turns
     for linear in product.linears:
         columns.index_add_(0, producer.channels, block.weight(linear).double().square().sum(0))
     gain = (columns.sqrt() / rows.norm(dim=1)).sqrt()
-    live = gain.isfinite() & (gain > 0)
-    return torch.where(live, gain / gain[live].log().mean().exp(), 1.0)
+    return torch.where(gain.isfinite() & (gain > 0), gain, 1.0)
 
 
 def _batches(skeleton: Skeleton, seed: int) -> list[dict[str, Tensor]]:

@@ -37,8 +37,9 @@ class Rotate(ModelPass[RotateParams]):
 
     The function stays as it was, and nothing is left to compute when the model runs: the residual stream (R1) and the
     heads' values (R2) are rotated inside the weights (Ashkboos et al., 2024; Liu et al., 2024). Put a pass that rounds
-    after it. Every rotated block is proven on random tokens; a model whose norms subtract a mean (LayerNorm) or weigh
-    what a layer writes to the stream (Gemma 2) is refused.
+    after it. The rows that make values and the columns that read them are made equally long first: mixed with a large
+    channel, small ones would be lost. Every rotated block is proven on random tokens; a model whose norms subtract a
+    mean (LayerNorm) or weigh what a layer writes to the stream (Gemma 2) is refused.
     """
 
     name = "rotate"
