@@ -108,6 +108,7 @@ class _Rotator:
                         step.advance(detail=site.name)
             expected = self._outputs() if ends is not None else {}
         if ends is not None:
+            self._skip_unused()
             model = self._turn_ends(ends)
             difference = self._prove_ends(model, expected)
         untied = ends.untied if ends is not None else None
@@ -295,6 +296,13 @@ class _Rotator:
         self._done.folded += len(ends.norms)
         self._done.changed += turns.of
         return model
+
+    def _skip_unused(self) -> None:
+        """Say which tensors still expect the stream as it was, such as the layers that predict several tokens."""
+        assert self._stream is not None, "there are ends of a stream"
+        for name in self._skeleton.naming.unused:
+            if self._stream.width in self._model.checkpoint.tensors[name].shape:
+                self._done.skipped.append((name, "the model does not use it, so nothing shows how it reads the stream"))
 
     def _prove_ends(self, model: TorchModel, expected: dict[str, Tensor]) -> float:
         """Compare the rotated embeddings, and what the rotated head makes of the rotated stream; return the latter."""

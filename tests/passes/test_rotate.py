@@ -152,6 +152,16 @@ def test_layers_that_make_no_values_of_their_own_are_skipped(family, tmp_path):
     assert not result.changed
 
 
+def test_tensors_that_the_model_does_not_use_are_skipped(family, tmp_path):
+    source = shutil.copytree(family("llama"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["extra.weight"], tensors["extra.scale"] = torch.ones(8, 64), torch.ones(3)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    _, result = rotated(source, tmp_path / "work")
+    assert [skip.name for skip in result.skipped] == ["extra.weight"]
+    assert "does not use it" in result.skipped[0].reason
+
+
 def test_the_stream_alone(family, tmp_path):
     model, result = rotated(family("llama"), tmp_path / "a", values=False)
     assert result.metrics["rotated_values_count"] == 0
