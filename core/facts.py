@@ -37,6 +37,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         outside_bytes: bytes of everything outside the blocks (embeddings, final norm, head).
         blocks: number of repeated blocks, over all stacks.
         linears: linear layers inside the blocks.
+        biased_norms: norms inside the blocks that have a bias: as a rule LayerNorms, which subtract the mean.
         has_tokenizer: whether a tokenizer lies beside the weights.
         config: config.json.
     """
@@ -53,6 +54,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     linears: tuple[LinearFacts, ...]
     has_tokenizer: bool
     config: dict[str, Any]
+    biased_norms: tuple[str, ...] = ()
 
     @property
     def is_causal_lm(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from .facts import ModelFacts
+from .progress import Reporter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +45,43 @@ class Product:
 
 Stage = tuple[Product, ...]
 """Products that may be worked on together: none of them feeds another."""
+
+
+class Rotation(Protocol):
+    """An orthogonal matrix Q."""
+
+    @property
+    def width(self) -> int:
+        """Number of channels it mixes."""
+        ...
+
+    def turn(self, rows: Tensor) -> Tensor:
+        """Return `rows @ Q`, (…, width) float64."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RotationReport:
+    """What `ModelHandle.rotate` did.
+
+    Attributes:
+        changed: the checkpoint tensors that are different now.
+        skipped: (name, reason) of what could not be rotated.
+        folded: norms whose weights were multiplied into the layers that follow.
+        paired: layers whose input is rotated head by head, along with the layer that makes it.
+        block_difference: largest difference of a block's update from the rotated one, over the largest update.
+        logit_difference: largest difference of a log probability from before, over the largest; None when the
+            residual stream was left alone.
+        untied: the tensor that tied embeddings now have beside them, None when nothing was untied.
+    """
+
+    changed: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    folded: int
+    paired: int
+    block_difference: float
+    logit_difference: float | None
+    untied: str | None
 
 
 class Block(Protocol):
@@ -201,6 +239,28 @@ class ModelHandle(Protocol):
 
     def cast(self, dtype: str) -> ModelHandle:
         """Return the model with all floating-point weights stored in `dtype`."""
+        ...
+
+    def rotate(
+        self,
+        residual: Callable[[int], Rotation] | None,
+        values: Callable[[int], Rotation] | None,
+        *,
+        seed: int,
+        reporter: Reporter,
+    ) -> tuple[ModelHandle, RotationReport]:
+        """Return the model computing the same in rotated channels, every block proven to.
+
+        Args:
+            residual: makes the rotation of the residual stream from its width; norms are folded into what reads them.
+                None leaves the stream as it is.
+            values: makes the rotation of each head's values from the head size. None leaves them as they are.
+            seed: of the token ids that the proof is made with.
+            reporter: shown progress.
+
+        Raises:
+            UsageError: the residual stream of this architecture cannot be rotated; it says what stands in the way.
+        """
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:

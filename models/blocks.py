@@ -19,7 +19,7 @@ from .replay import Answer, Replay, distance
 from .rounding import CacheWatch
 from .skeleton import BlockSite, Skeleton, View
 from .store import dequantize_into
-from .watch import Sighting, Unit, Watch, same_input
+from .watch import NormCall, Sighting, Unit, Watch, norm_calls, same_input
 
 _LOOK_TOKENS = 256
 """How many tokens are enough to see in what order the layers of a block are reached."""
@@ -203,13 +203,15 @@ class LoadedBlock:
     def stages(self) -> list[Stage]:
         """Return the block's products in the order in which the forward pass reaches them."""
         if self._order_seen is None:
-            norms: list[tuple[str, nn.Module, Tensor]] = []
-            with self._watching_norms(norms):
+            norms: list[NormCall] = []
+            with norm_calls(self._modules(), norms.append):
                 seen = self._look()
             self._once = {unit: sighting.times == 1 for unit, sighting in seen.items()}
             self._order_seen = list(self._order(seen))
             self._norms = {
-                self._unit(product.linears[0]): [(path, norm) for path, norm, made in norms if same_input(made, read)]
+                self._unit(product.linears[0]): [
+                    (call.path, call.module) for call in norms if same_input(call.output, read)
+                ]
                 for stage in self._order_seen
                 for product in stage
                 for unit in [self._unit(product.linears[0])]
@@ -265,18 +267,25 @@ class LoadedBlock:
         return self._producers[key]
 
     def _candidates(self, product: Product) -> list[Producer]:
+        norms = self._norms.get(self._unit(product.linears[0]), [])
+        return [*norm_candidates(norms, self._skeleton.checkpoint_name), *self.earlier_rows(product)]
+
+    def earlier_rows(self, product: Product) -> list[Producer]:
+        """Return the rows of earlier layers that may make the product's input, the nearest first."""
         stages = self.stages()
         at = next(index for index, stage in enumerate(stages) for one in stage if product.linears[0] in one.linears)
         earlier = [linear for stage in reversed(stages[:at]) for one in stage for linear in reversed(one.linears)]
         expert = self._unit(product.linears[0])[1]
         earlier = [linear for linear in earlier if expert is None or self._unit(linear)[1] == expert]
-        norms = self._norms.get(self._unit(product.linears[0]), [])
-        head_size = getattr(self._skeleton.config.get_text_config(), "head_dim", None)
-        if head_size is None:
-            heads = getattr(self._skeleton.config.get_text_config(), "num_attention_heads", None)
-            head_size = product.in_features // heads if heads and product.in_features % heads == 0 else None
-        names = self._skeleton.checkpoint_name
-        return [*norm_candidates(norms, names), *linear_candidates(product, earlier, self._rows, head_size)]
+        return linear_candidates(product, earlier, self._rows, self.head_size(product))
+
+    def head_size(self, product: Product) -> int | None:
+        """Return the channels of an attention head, if heads make the product's input; None when the model has none."""
+        config = self._skeleton.config.get_text_config()
+        size, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
+        if size is not None:
+            return size
+        return product.in_features // heads if heads and product.in_features % heads == 0 else None
 
     def _holds(self, product: Product, producer: Producer) -> bool:
         """Return whether the block computes the same when the producer and the product are balanced at random.
@@ -338,25 +347,9 @@ class LoadedBlock:
                 return bias.data.to(getattr(torch, self.dtype)).contiguous()
         return part.tensor.to(getattr(torch, self.dtype)).contiguous()
 
-    @contextmanager
-    def _watching_norms(self, norms: list[tuple[str, nn.Module, Tensor]]) -> Iterator[None]:
-        """Note the output of every module of the block that has a 1-D weight."""
-        handles: list[Any] = []
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
         for path, module in self._site.module.named_modules():
-            weight = module._parameters.get("weight")
-            if weight is not None and weight.ndim == 1:
-                name = f"{self._site.name}.{path}"
-
-                def note(_: nn.Module, __: Any, made: Any, name: str = name, module: nn.Module = module) -> None:
-                    if isinstance(made, Tensor):
-                        norms.append((name, module, made))
-
-                handles.append(module.register_forward_hook(note))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            yield f"{self._site.name}.{path}", module
 
     @property
     def _samples(self) -> Replay:

@@ -6,6 +6,7 @@ because a header that lies about sizes deserves a message that names the tensor.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -127,6 +128,16 @@ class Checkpoint:
             info = self.tensors[name]
             with info.shard.open("rb", buffering=0) as stream:
                 os.posix_fadvise(stream.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def with_copies(self, copies: Mapping[str, str]) -> Checkpoint:
+        """Return the checkpoint with further tensors, each reading what another one holds.
+
+        Args:
+            copies: name of a new tensor -> name of the one that it begins as a copy of.
+        """
+        made = copy.copy(self)
+        made.tensors = self.tensors | {name: self.tensors[source] for name, source in copies.items()}
+        return made
 
     @property
     def nbytes(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 from ..core.activations import QuantizedCache, QuantizedInput
 from ..core.errors import LlmoptError
 from ..core.facts import ModelFacts
+from ..core.model import Rotation, RotationReport
+from ..core.progress import Reporter
 from ..core.quantized import Grid, QuantizedWeight
 from .checkpoint import INDEX, Checkpoint
 from .locate import Location
@@ -37,6 +40,7 @@ class TorchModel:
         facts: its outline as the passes left it.
         store: the layers that passes have quantized.
         dtype: the dtype floating-point tensors are cast to; None leaves each as it is.
+        untied: whether the head has a weight of its own although config.json of the source ties it.
     """
 
     location: Location
@@ -44,6 +48,7 @@ class TorchModel:
     facts: ModelFacts
     store: WorkStore
     dtype: str | None = None
+    untied: bool = False
 
     @classmethod
     def create(cls, location: Location, checkpoint: Checkpoint, facts: ModelFacts, work: Path) -> TorchModel:
@@ -72,6 +77,37 @@ class TorchModel:
     def cast(self, dtype: str) -> TorchModel:
         """Return the model with all floating-point weights stored in `dtype`."""
         return replace(self, dtype=dtype, facts=msgspec.structs.replace(self.facts, dtype=dtype))
+
+    def untie(self) -> tuple[TorchModel, tuple[str, ...]]:
+        """Return the model with every tied parameter stored under its own name, and the names of the new tensors."""
+        copies = self.skeleton().untied_copies()
+        for name, source in copies.items():
+            if source in self.store.changed:
+                self.store.put(name, {}, changed={name: self.read(source)})
+        checkpoint = self.checkpoint.with_copies(copies)
+        added = checkpoint.nbytes - self.checkpoint.nbytes
+        weights = sum(prod(checkpoint.tensors[name].shape) for name in copies)
+        facts = msgspec.structs.replace(
+            self.facts,
+            config={**self.facts.config, "tie_word_embeddings": False},
+            parameters=self.facts.parameters + weights,
+            bytes=self.facts.bytes + added,
+            outside_bytes=self.facts.outside_bytes + added,
+        )
+        return replace(self, checkpoint=checkpoint, facts=facts, untied=True), tuple(copies)
+
+    def rotate(
+        self,
+        residual: Callable[[int], Rotation] | None,
+        values: Callable[[int], Rotation] | None,
+        *,
+        seed: int,
+        reporter: Reporter,
+    ) -> tuple[TorchModel, RotationReport]:
+        """Return the model computing the same in rotated channels; see `core.model.ModelHandle`."""
+        from .rotation import rotate
+
+        return rotate(self, residual, values, seed=seed, reporter=reporter)
 
     def stored_dtype(self, name: str) -> str:
         """Return the dtype that checkpoint tensor `name` will be stored in."""
@@ -128,7 +164,7 @@ class TorchModel:
 
     def skeleton(self) -> Skeleton:
         """Return the module tree without weights, its buffers loaded."""
-        skeleton = Skeleton(self.location, self.checkpoint)
+        skeleton = Skeleton(self.location, self.checkpoint, untied=self.untied)
         skeleton.inputs.update(self.inputs)
         skeleton.caches.update(self.caches)
         _load_buffers(skeleton, self.read)

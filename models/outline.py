@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..core.facts import LinearFacts, ModelFacts
@@ -49,6 +50,7 @@ def outline(location: Location, checkpoint: Checkpoint) -> ModelFacts:
         linears=tuple(_linears(tensors, stacks)),
         has_tokenizer=has_tokenizer(location.folder),
         config=config,
+        biased_norms=tuple(_biased_norms(tensors, stacks)),
     )
 
 
@@ -108,6 +110,16 @@ def _linears(tensors: dict[str, TensorInfo], stacks: tuple[str, ...]) -> list[Li
                 LinearFacts(name=name, out_features=out_features, in_features=in_features, transposed=transposed)
             )
     return linears
+
+
+def _biased_norms(tensors: dict[str, TensorInfo], stacks: tuple[str, ...]) -> Iterator[str]:
+    """Yield the modules of the blocks that have a vector for a weight, and one for a bias."""
+    for name, info in tensors.items():
+        module = name.removesuffix(".weight")
+        bias = tensors.get(f"{module}.bias")
+        vector = len(info.shape) == 1 and bias is not None and bias.shape == info.shape
+        if name != module and vector and block_of(name, stacks) is not None:
+            yield module
 
 
 def _lies(tensors: dict[str, TensorInfo], name: str, info: TensorInfo) -> tuple[bool, bool]:

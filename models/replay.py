@@ -123,6 +123,13 @@ class Replay:
         self._finished[-1].append(site)
 
     def answer(self, site: BlockSite, index: int, made: Any, read: Callable[[str], Tensor]) -> Answer:
+        """Run the model on a batch from block `site` on; see `outputs`."""
+        outputs = self.outputs(site, index, made, read)
+        if "logits" in outputs:
+            return Answer(torch.log_softmax(outputs["logits"].float(), -1), True)
+        return Answer(next(iter(outputs.values())), False)
+
+    def outputs(self, site: BlockSite, index: int, made: Any, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Run the model on a batch from block `site` on, the blocks after it loaded one after another.
 
         Args:
@@ -137,9 +144,7 @@ class Replay:
         later = [one for one in self._skeleton.sites if one.module not in stubs]
         with _replaced(list(stubs.items())), _in_turn(self._skeleton, later, read), torch.no_grad():
             outputs = self._skeleton.model(**self._batches[index], return_dict=True)
-        if "logits" in outputs:
-            return Answer(torch.log_softmax(outputs["logits"].float(), -1), True)
-        return Answer(next(value for value in outputs.values() if isinstance(value, Tensor)), False)
+        return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
     def _rows_of(self, index: int, tokens: int) -> int:
         length = next(iter(self._batches[index].values())).shape[1]

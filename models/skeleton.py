@@ -101,10 +101,17 @@ class Skeleton:
         inputs: the layers whose inputs are rounded while the model computes, by checkpoint name, and how.
         caches: the attention modules whose keys and values are rounded, by path, and how.
         compute_plainly: ends the rounding of activations, for those that trace the model.
+
+    Args:
+        location: the model's folder.
+        checkpoint: its tensors.
+        untied: give the head a weight of its own, whatever config.json says.
     """
 
-    def __init__(self, location: Location, checkpoint: Checkpoint) -> None:
+    def __init__(self, location: Location, checkpoint: Checkpoint, *, untied: bool = False) -> None:
         self.config = load_config(location)
+        if untied:
+            self.config.tie_word_embeddings = False
         self.model = _empty_model(self.config, location)
         self.naming = Naming(self.model, checkpoint)
         self._aliases = _aliases(self.model)
@@ -151,6 +158,27 @@ class Skeleton:
     def canonical(self, name: str) -> str:
         """Return the name by which tied parameters are told apart from others: the first of their aliases."""
         return self._aliases.get(name, [name])[0]
+
+    def untied_copies(self) -> dict[str, str]:
+        """Return the tensors that the checkpoint lacks because parameters are tied, and the one each is tied to."""
+        missing = [name for name in self._aliases if name not in self.naming.of_target]
+        found = {name: self.checkpoint_name(name) for name in missing if self.canonical(name) in self.outside}
+        return {name: source for name, source in found.items() if source is not None}
+
+    def sources(self, name: str) -> dict[str, bool] | None:
+        """Return the checkpoint tensors that a matrix is made of, and whether each lies as (in, out).
+
+        Returns:
+            None when a tensor does not lie in the parameter row by row, so that nobody can tell which way round it is.
+        """
+        target = self._target(name)
+        if target is None:
+            return None
+        binding = self.naming.of_target[target]
+        if binding.converter is not None and self.naming.rows_of(target) is None:
+            return None
+        transposed = is_transposed(self.model.get_submodule(target.rpartition(".")[0]))
+        return {source: transposed for source, _ in binding.sources}
 
     def _target(self, name: str) -> str | None:
         """Return the alias of `name` that the checkpoint holds; None for one that is rightly missing."""
@@ -201,8 +229,7 @@ class Skeleton:
         binding = self.naming.of_target.get(name)
         if binding is None:
             return []
-        conv1d = isinstance(module, Conv1D)
-        transposed = conv1d or bool(getattr(module, "is_transposed", False))
+        transposed = is_transposed(module)
         if binding.converter is None:
             source = binding.sources[0][0].removesuffix(".weight")
             if parameter.ndim == 2:
@@ -229,6 +256,11 @@ def _attention(path: str, block: nn.Module) -> str | None:
         if named and not any(f"{path}.{sub}".startswith(f"{outer}.") for outer in found):
             found.append(f"{path}.{sub}")
     return found[0] if len(found) == 1 else None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a module holds its matrices as (in, out)."""
+    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
 
 
 def _linear(name: str, matrix: Tensor, transposed: bool) -> Linear:

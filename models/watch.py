@@ -6,13 +6,14 @@ mechanism serves Linear, Conv1D, fused projections and single experts of a 3-D p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's customary name)
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Unit = tuple[str, int | None]
@@ -65,6 +66,43 @@ class Sighting:
 
     input: Tensor
     times: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class NormCall:
+    """One call of a module that has a 1-D weight.
+
+    Attributes:
+        path: the module's path.
+        module: the module.
+        input: what it was given.
+        output: what it made of it.
+    """
+
+    path: str
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+
+
+@contextmanager
+def norm_calls(modules: Iterable[tuple[str, nn.Module]], receive: Callable[[NormCall], None]) -> Iterator[None]:
+    """Tell of every call of those of `modules`, (path, module), that have a 1-D weight."""
+    handles: list[Any] = []
+    for path, module in modules:
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.ndim == 1:
+
+            def note(module: nn.Module, given: tuple[Any, ...], made: Any, path: str = path) -> None:
+                if given and isinstance(given[0], Tensor) and isinstance(made, Tensor):
+                    receive(NormCall(path, module, given[0], made))
+
+            handles.append(module.register_forward_hook(note))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def same_input(first: Tensor, second: Tensor) -> bool:

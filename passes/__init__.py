@@ -20,6 +20,7 @@ PASSES: Registry[Pass[Any]] = Registry(
         "hqq": "hqq:Hqq",
         "quantize-activations": "quantize_activations:QuantizeActivations",
         "quantize-kv": "quantize_kv:QuantizeKv",
+        "rotate": "rotate:Rotate",
         "rtn": "rtn:Rtn",
         "smooth": "smooth:Smooth",
     },
