@@ -36,15 +36,15 @@ def passes_of(recipe: Recipe) -> list[AnyPass]:
                     if step.name != earlier.name
                     else f"keep one of the two `{step.name}`",
                 )
-        rounded = next((earlier for earlier in passes if earlier.grid() is not None), None)
-        if made.before_rounding and rounded is not None:
+        fitted = next((earlier for earlier in passes if _rounds(earlier)), None)
+        if made.before_rounding and fitted is not None:
             raise UsageError(
-                f"`{step.name}` cannot come after `{rounded.name}`",
-                where=f"{where}: it changes weights that `{rounded.name}` has put on a grid",
+                f"`{step.name}` cannot come after `{fitted.name}`",
+                where=f"{where}: it changes weights, and `{fitted.name}` has found grids or scales for what they were",
                 hint=f"put `{step.name}` first",
             )
         built = made(_params(step, made.Params, where))
-        if built.input_grid() is not None and rounded is None:
+        if built.input_grid() is not None and not any(earlier.grid() is not None for earlier in passes):
             raise UsageError(
                 f"`{step.name}` rounds the inputs of quantized layers",
                 where=f"{where}: no pass before it quantizes weights",
@@ -90,6 +90,10 @@ def sweeps(passes: Sequence[AnyPass]) -> list[list[AnyPass]]:
         else:
             groups.append([one])
     return groups
+
+
+def _rounds(one: AnyPass) -> bool:
+    return one.grid() is not None or one.input_grid() is not None or one.cache_number() is not None
 
 
 def _shares(one: AnyPass) -> bool:

@@ -4,7 +4,8 @@
     python benchmarks/engines/vllm_agreement.py [MODEL ...] [--data FILE] [--only NAME ...] [--markdown FILE]
 
 Each artifact is built by `llmopt run` (rtn, so no calibration), loaded in vLLM, and continues 20 prompts by 32 tokens.
-The reference is the same quantized model, dequantized (format plain), in transformers, in float32.
+The reference is the same quantized model, dequantized (format plain), in transformers, in float32; where the artifact
+says that activations are rounded, the artifact itself there, which rounds them too.
 
 Two figures, because one different token changes all that follow: the share of tokens that are the reference's own, and
 the share that the reference would have chosen in the same context. The largest gap says how far, in logits, a token of
@@ -25,10 +26,11 @@ from typing import Any
 
 import torch
 from llmopt.core.progress import Silent
-from llmopt.core.recipe import ModelSpec, Recipe, Step
+from llmopt.core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 from llmopt.pipeline.demo import bundled_model
 from llmopt.pipeline.plan import make_plan
 from llmopt.pipeline.run import run_plan
+from llmopt.runtimes.transformers_ import load
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -47,6 +49,13 @@ class Case:
     format: str
     dtype: str
     grid: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] | None = None
+    cache: str | None = None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether activations are rounded."""
+        return self.inputs is not None or self.cache is not None
 
 
 def w(bits: int, group_size: int | str, *, symmetric: bool = True) -> dict[str, Any]:
@@ -74,17 +83,38 @@ CASES = [
     Case("gptq w4 g16", "gptq", "float16", w(4, 16)),
     Case("compressed-tensors w8 g32, float16", "compressed-tensors", "float16", w(8, 32)),
     Case("compressed-tensors w3 g32, float16", "compressed-tensors", "float16", w(3, 32)),
+    *(
+        Case(f"w8a8-int8 token, {dtype}", "compressed-tensors", dtype, w(8, "channel"), {})
+        for dtype in ("float32", "float16", "bfloat16")
+    ),
+    Case("w8a8-int8 tensor, float32", "compressed-tensors", "float32", w(8, "channel"), {"scale": "tensor"}),
+    Case(
+        "w8a8-int8 tensor asymmetric, float32",
+        "compressed-tensors",
+        "float32",
+        w(8, "channel"),
+        {"scale": "tensor", "symmetric": False},
+    ),
+    Case("w4a8 g32, bfloat16", "compressed-tensors", "bfloat16", w(4, 32), {}),
+    Case("w8a8-fp8 token, bfloat16", "compressed-tensors", "bfloat16", {"number": "fp8"}, {"number": "fp8"}),
+    Case("fp8, bfloat16", "compressed-tensors", "bfloat16", {"number": "fp8"}),
+    Case("nvfp4, bfloat16", "compressed-tensors", "bfloat16", {"number": "nvfp4"}),
+    Case("mxfp4, bfloat16", "compressed-tensors", "bfloat16", {"number": "mxfp4"}),
+    Case("w4 g32 kv fp8, bfloat16", "compressed-tensors", "bfloat16", w(4, 32), cache="fp8"),
     Case("compressed-tensors w4 channel, float16", "compressed-tensors", "float16", w(4, "channel")),
 ]
 
 
-def build(model: Path, case: Case, folder: Path) -> None:
+def build(model: Path, case: Case, folder: Path, data: Path) -> None:
     """Quantize, and export twice: in the case's format, and plain for the reference. Both are verified on the way."""
     passes = [Step("cast", {"dtype": case.dtype})] if case.dtype != "float32" else []
     passes += [Step("rtn", case.grid)] if case.grid else []
-    for name, format_ in (("artifact", case.format), ("plain", "plain")):
+    passes += [Step("quantize-activations", case.inputs)] if case.inputs is not None else []
+    passes += [Step("quantize-kv", {"number": case.cache})] if case.cache is not None else []
+    calibration = CalibrationSpec(data=str(data), samples=16, length=128) if case.rounds else None
+    for name, format_ in (("artifact", case.format), *(() if case.rounds else (("plain", "plain"),))):
         exports = (Step("safetensors", {"format": format_}),)
-        recipe = Recipe(model=ModelSpec(id=str(model)), passes=tuple(passes), exports=exports)
+        recipe = Recipe(model=ModelSpec(id=str(model)), calibration=calibration, passes=tuple(passes), exports=exports)
         run_plan(make_plan(recipe), folder / name, force=True, reporter=Silent())
 
 
@@ -160,7 +190,10 @@ def measure(model: Path, case: Case, prompts: list[list[int]], folder: Path) -> 
     row = {"model": model.name, "artifact": case.name, "dtype": case.dtype, "engine": answer.get("version")}
     if "error" in answer:
         return row | {"error": answer["error"]}
-    reference = AutoModelForCausalLM.from_pretrained(folder / "plain", dtype=torch.float32).eval()
+    if case.rounds:
+        reference = load(folder / "artifact").model
+    else:
+        reference = AutoModelForCausalLM.from_pretrained(folder / "plain", dtype=torch.float32).eval()
     return row | compare(reference, prompts, answer["tokens"])
 
 
@@ -195,12 +228,13 @@ def main() -> None:
     bundled = bundled_model()
     rows = []
     for model in chosen.models or [bundled]:
-        prompts = prompts_of(model, chosen.data or bundled / "heldout.txt")
+        data = chosen.data or bundled / "heldout.txt"
+        prompts = prompts_of(model, data)
         cases = [case for case in CASES if not chosen.only or case.name in chosen.only]
         folders = [chosen.scratch / model.name / case.name.replace(" ", "-").replace(",", "") for case in cases]
         for case, folder in zip(cases, folders, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
-            build(model, case, folder)
+            build(model, case, folder, data)
         for case, folder in zip(cases, folders, strict=True):
             rows.append(measure(model, case, prompts, folder))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
