@@ -17,7 +17,7 @@ _WIDEST = 100
 _COLUMN = 30
 """Where descriptions begin; a longer left side puts its description on the next line."""
 
-PANELS = ("Quantization", "Mixed precision", "Calibration", "Model", "Output")
+PANELS = ("Quantization", "Activations", "Mixed precision", "Calibration", "Model", "Output")
 """Headings of options, in the order in which they are shown; the rest comes last."""
 
 Rows = list[tuple[str, str]]
