@@ -124,11 +124,11 @@ def command(
     verbose: Verbose = False,
     options: Options,
 ) -> None:
-    """Quantize a model's weights, and its activations where the scheme says so, and export it.
+    """Quantize a model's weights and export it.
 
-    The weights become integers or small floating-point numbers with scales. Each artifact is opened again in the
-    runtime it is for and compared with the quantized model; an artifact that is not the model is no result (exit 3).
-    One export is written into DIR itself, several into DIR/EXPORT/.
+    The weights become integers or small floating-point numbers with scales; activations are rounded where the scheme
+    says so. Each artifact is opened again in the runtime it is for and compared with the quantized model; an artifact
+    that is not the model is no result (exit 3). One export is written into DIR itself, several into DIR/EXPORT/.
 
         llmopt quantize ./my-llama -o my-llama-int4 --calibration wiki.txt --export onnx-genai
     """
