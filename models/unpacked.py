@@ -1,13 +1,13 @@
-"""An artifact of ours, its weights unpacked one by one by the library that its readers use.
+"""An artifact of ours, its weights unpacked by the library that its readers use.
 
-For a model too large to be opened whole: the modules are transformers', the unpacking is compressed-tensors', and only
-the order is ours, block after block.
+For a model too large to be opened whole: the unpacking is compressed-tensors', only the order is ours, a few rows of
+one weight after the other.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,84 @@ from torch import Tensor
 
 from ..core.errors import LlmoptError
 from .checkpoint import Checkpoint
+from .handle import TorchModel
 
-_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_PACKED, _SCALE, _ZERO, _SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+_WORD = 32
+"""Zero points are packed along the rows, so rows are unpacked in multiples of the codes' words."""
+
+_IN_CACHE = 1 << 19
 
 
-def unpacking_reader(directory: Path) -> Callable[[str], Tensor]:
-    """Return a function that gives the tensors of a folder by their names before packing.
+class UnpackedFolder:
+    """A folder of plain or packed tensors by their names before packing.
 
     Raises:
-        LlmoptError: the folder's config.json and tensors do not fit together.
+        LlmoptError: its config.json and tensors do not fit together.
     """
-    checkpoint = Checkpoint(directory)
-    schemes = _schemes(json.loads((directory / "config.json").read_text(encoding="utf-8")))
 
-    def read(name: str) -> Tensor:
-        layer = name.removesuffix(".weight")
-        if name in checkpoint:
-            return checkpoint.read(name)
-        parts = {part: checkpoint.read(f"{layer}.{part}") for part in _PARTS if f"{layer}.{part}" in checkpoint}
-        if "weight_packed" not in parts:
-            raise LlmoptError(f"weight `{name}` is missing from the artifact", where=str(directory))
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._checkpoint = Checkpoint(directory)
+        self._schemes = _schemes(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor in the dtype that its readers give it."""
+        if name in self._checkpoint:
+            return self._checkpoint.read(name)
+        return torch.cat([part for _, part in self.rows(name.removesuffix(".weight"))])
+
+    def is_packed(self, layer: str) -> bool:
+        """Return whether a layer's weight is stored as codes."""
+        return f"{layer}.{_PACKED}" in self._checkpoint
+
+    def rows(self, layer: str) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows of a packed layer's weight, (rows, in_features), one after the other.
+
+        Raises:
+            LlmoptError: it is not there.
+        """
         from compressed_tensors.compressors import PackedQuantizationCompressor
 
-        scheme = schemes.get(layer) or schemes["Linear"]
-        return PackedQuantizationCompressor.decompress(parts, scheme)["weight"].to(torch.float32)
+        names = [part for part in (_PACKED, _SCALE, _ZERO, _SHAPE) if f"{layer}.{part}" in self._checkpoint]
+        parts = {part: self._checkpoint.read(f"{layer}.{part}") for part in names}
+        if _PACKED not in parts:
+            raise LlmoptError(f"weight `{layer}.weight` is missing from the artifact", where=str(self._directory))
+        scheme = self._schemes.get(layer) or self._schemes["Linear"]
+        out_features, in_features = parts[_SHAPE].tolist()
+        by_rows = len(parts[_SCALE]) == out_features
+        step = max(1, _IN_CACHE // in_features // _WORD) * _WORD if by_rows else out_features
+        for start in range(0, out_features, step):
+            rows = slice(start, min(start + step, out_features))
+            some = _rows_of(parts, rows, bits=scheme.weights.num_bits) if by_rows else parts
+            yield rows, PackedQuantizationCompressor.decompress(some, scheme)["weight"]
 
-    return read
+
+def same_weights(model: TorchModel, directory: Path) -> bool:
+    """Return whether every weight that readers get from a folder is that of `model`, bit for bit."""
+    folder = UnpackedFolder(directory)
+    for name in model.checkpoint.tensors:
+        layer = name.removesuffix(".weight")
+        if layer in model.quantized and folder.is_packed(layer):
+            weight = model.quantized_weight(layer)
+            pairs = ((weight.rows(rows.start, rows.stop).dequantize(), part) for rows, part in folder.rows(layer))
+        else:
+            pairs = iter([(model.read(name), folder.read(name))])
+        if not all(ours.dtype == theirs.dtype and ours.equal(theirs) for ours, theirs in pairs):
+            return False
+    return True
+
+
+def _rows_of(parts: dict[str, Tensor], rows: slice, *, bits: int) -> dict[str, Tensor]:
+    """Return what is stored of some rows of a weight, the first a multiple of `_WORD`."""
+    some = {
+        _PACKED: parts[_PACKED][rows],
+        _SCALE: parts[_SCALE][rows],
+        _SHAPE: torch.tensor([rows.stop - rows.start, int(parts[_SHAPE][1])]),
+    }
+    if _ZERO in parts:
+        some[_ZERO] = parts[_ZERO][rows.start * bits // _WORD : -(-rows.stop * bits // _WORD)]
+    return some
 
 
 def _schemes(config: dict[str, Any]) -> dict[str, Any]:
