@@ -36,7 +36,7 @@ _VERSIONED = ("torch", "transformers", "compressed-tensors", "onnx", "onnx-ir", 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The model that a run starts from, the text it is calibrated on, and the hash of the checkpoint when it is there."""
+    """The model that a run starts from, the text it is calibrated on, and what waits for the hash of the checkpoint."""
 
     location: Location
     checkpoint: Checkpoint
