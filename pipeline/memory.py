@@ -22,9 +22,12 @@ WHOLE_BYTES = 1 << 30
 """A model of more bytes than this in float32 is verified block by block in transformers: opening it whole would take
 several times the memory that making it took."""
 
-_INTERPRETER = 420 << 20
-"""Resident memory of Python with torch, transformers and compressed-tensors imported and a model's modules built:
-measured with Python 3.11, torch 2.13 and transformers 5.23 on Linux."""
+_INTERPRETER = 400 << 20
+_TEXT = 64 << 20
+_LOADER = 64 << 20
+"""Resident memory of Python with torch, transformers and compressed-tensors imported and a model's modules built, what
+a tokenizer and calibration text add, and what transformers adds as it opens a model: measured with Python 3.11, torch
+2.13 and transformers 5.23 on Linux."""
 
 _BATCHES = (2048, 1024, 512, 256)
 """Tokens that run through a block at a time: the most that a limit leaves room for."""
@@ -32,11 +35,11 @@ _BATCHES = (2048, 1024, 512, 256)
 _ROWS = 2048
 """Rows of a weight that a pass works on at a time."""
 
-_ACTIVATIONS = 4
+_ACTIVATIONS = 6
 """How many inputs of the widest layer are in memory at once while a block computes."""
 
-_UNPACKED = 8
-"""Bytes of a weight, beside itself, while its codes are unpacked."""
+_DEQUANTIZED = 4
+"""Bytes of a weight, beside its place in the block, while it is dequantized."""
 
 _LOGITS = 4 * (1 << 23)
 _FLOAT = 4
@@ -69,6 +72,7 @@ def estimate(
     Raises:
         UsageError: it cannot; the message says how much is needed at least.
     """
+    base = _INTERPRETER + (0 if calibration is None else _TEXT)
     calibrated = calibration is not None and any(Need.CALIBRATION in one.needs for one in passes)
     tokens = calibration.samples * calibration.length if calibration is not None and calibrated else 0
     states = tokens * _hidden(facts) * min(_FLOAT, _WIDTHS[facts.dtype])
@@ -76,23 +80,23 @@ def estimate(
     sweeps = {batch: _sweep(facts, passes, min(batch, tokens)) for batch in _BATCHES}
     if max_memory is None:
         batch = _BATCHES[0]
-        peak = _INTERPRETER + max(others.nbytes, sweeps[batch].nbytes + states)
+        peak = base + max(others.nbytes, sweeps[batch].nbytes + states)
         return Estimate(peak, Limits(batch_tokens=batch))
-    available = max_memory - _INTERPRETER
+    available = max_memory - base
     least = max(others, sweeps[_BATCHES[-1]], key=lambda phase: phase.nbytes)
     if least.nbytes > available:
-        raise _too_little(least, max_memory)
+        raise _too_little(least, base, max_memory)
     batch = next(batch for batch, sweep in sweeps.items() if sweep.nbytes <= available)
     room = available - sweeps[batch].nbytes
-    peak = _INTERPRETER + max(others.nbytes, sweeps[batch].nbytes + min(states, room))
+    peak = base + max(others.nbytes, sweeps[batch].nbytes + min(states, room))
     return Estimate(peak, Limits(batch_tokens=batch, states_bytes=room))
 
 
-def _too_little(least: Phase, max_memory: int) -> UsageError:
-    needed = _INTERPRETER + least.nbytes
+def _too_little(least: Phase, base: int, max_memory: int) -> UsageError:
+    needed = base + least.nbytes
     return UsageError(
         f"at least {_gib(needed)} of memory are needed, {_gib(max_memory)} are allowed",
-        where=f"{least.words}: {_gib(least.nbytes)}; Python and its libraries: {_gib(_INTERPRETER)}",
+        where=f"{least.words}: {_gib(least.nbytes)}; Python, its libraries and the text: {_gib(base)}",
         hint=f"use --max-memory {needed / 2**30 + 0.005:.2f}GiB or more",
     )
 
@@ -125,8 +129,8 @@ def _exports(facts: ModelFacts, exporters: Sequence[AnyExporter]) -> list[Phase]
 def _verification(facts: ModelFacts) -> Phase:
     width = _WIDTHS[facts.dtype]
     if facts.parameters * _FLOAT <= WHOLE_BYTES:
-        return Phase("opening the artifact again", facts.parameters * (_FLOAT + width))
-    block = facts.largest_block_bytes // width * _FLOAT + _UNPACKED * _largest(facts)
+        return Phase("opening the artifact again", facts.parameters * (_FLOAT + width) + _LOGITS + _LOADER)
+    block = facts.largest_block_bytes // width * _FLOAT + _DEQUANTIZED * _largest(facts)
     head = _embedding(facts) * width
     return Phase("computing the largest block to verify it", max(block, head) + _LOGITS)
 

@@ -74,7 +74,7 @@ def test_hidden_states_count_and_go_to_disk():
 
 def test_batches_become_smaller_before_a_limit_is_refused():
     narrow = msgspec.structs.replace(
-        facts(4), linears=(LinearFacts(name="0.q", out_features=512, in_features=512),), largest_block_bytes=1 << 19
+        facts(4), linears=(LinearFacts(name="0.q", out_features=64, in_features=4096),), largest_block_bytes=1 << 19
     )
     passes, exporters = passes_of(recipe("gptq")), exporters_of(recipe("gptq"))
     free = estimate(msgspec.structs.replace(narrow, parameters=1 << 20), passes, exporters, CALIBRATION)
