@@ -100,6 +100,7 @@ class Safetensors(Exporter[SafetensorsParams]):
                     writer.write(f"{name}.weight", model.read(f"{name}.weight"))
                 else:
                     writer.write(name, value)
+                del value  # before the next is read: two embeddings at once may be more than a block
                 step.advance(detail=name)
         model.save_side_files(directory, config_changes=changes)
         return ExportResult(notes=layout.notes(model) if layout is not None else [])

@@ -43,6 +43,15 @@ class UnpackedFolder:
             return self._checkpoint.read(name)
         return torch.cat([part for _, part in self.rows(name.removesuffix(".weight"))])
 
+    def beside(self, name: str, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield parts of `tensor`, and of the one of that name, so that only one of the two is in memory whole."""
+        parts = tensor.reshape(-1).split(_IN_CACHE)
+        found = self._checkpoint.tensors.get(name)
+        if found is None or found.shape != tuple(tensor.shape):
+            yield tensor, torch.empty(0)
+        else:
+            yield from zip(parts, self._checkpoint.pieces(name, _IN_CACHE), strict=True)
+
     def is_packed(self, layer: str) -> bool:
         """Return whether a layer's weight is stored as codes."""
         return f"{layer}.{_PACKED}" in self._checkpoint
@@ -78,7 +87,7 @@ def same_weights(model: TorchModel, directory: Path) -> bool:
             weight = model.quantized_weight(layer)
             pairs = ((weight.rows(rows.start, rows.stop).dequantize(), part) for rows, part in folder.rows(layer))
         else:
-            pairs = iter([(model.read(name), folder.read(name))])
+            pairs = folder.beside(name, model.read(name))
         if not all(ours.dtype == theirs.dtype and ours.equal(theirs) for ours, theirs in pairs):
             return False
     return True

@@ -129,7 +129,7 @@ def _exports(facts: ModelFacts, exporters: Sequence[AnyExporter]) -> list[Phase]
 def _verification(facts: ModelFacts) -> Phase:
     width = _WIDTHS[facts.dtype]
     if facts.parameters * _FLOAT <= WHOLE_BYTES:
-        return Phase("opening the artifact again", facts.parameters * (_FLOAT + width) + _LOGITS + _LOADER)
+        return Phase("opening the artifact again", facts.parameters * (_FLOAT + width + 1) + _LOGITS + _LOADER)
     block = facts.largest_block_bytes // width * _FLOAT + _DEQUANTIZED * _largest(facts)
     head = _embedding(facts) * width
     return Phase("computing the largest block to verify it", max(block, head) + _LOGITS)

@@ -79,7 +79,11 @@ def test_batches_become_smaller_before_a_limit_is_refused():
     passes, exporters = passes_of(recipe("gptq")), exporters_of(recipe("gptq"))
     free = estimate(msgspec.structs.replace(narrow, parameters=1 << 20), passes, exporters, CALIBRATION)
     tight = estimate(
-        msgspec.structs.replace(narrow, parameters=1 << 20), passes, exporters, CALIBRATION, free.peak_bytes - (40 << 20)
+        msgspec.structs.replace(narrow, parameters=1 << 20),
+        passes,
+        exporters,
+        CALIBRATION,
+        free.peak_bytes - (40 << 20),
     )
     assert free.limits.batch_tokens == 2048
     assert tight.limits.batch_tokens == 1024
