@@ -7,8 +7,12 @@ are what a limit decides. Everything else is what the work needs at least.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import msgspec
 
 from ..core.errors import UsageError
 from ..core.facts import ModelFacts
@@ -31,6 +35,9 @@ a tokenizer and calibration text add, and what transformers adds as it opens a m
 
 _BATCHES = (2048, 1024, 512, 256)
 """Tokens that run through a block at a time: the most that a limit leaves room for."""
+
+_STATISTICS = (4 << 30, 1 << 30, 256 << 20, 0)
+"""What the Hessians of a mixture's experts may take at once; a forward pass more for each further part."""
 
 _ROWS = 2048
 """Rows of a weight that a pass works on at a time."""
@@ -77,19 +84,18 @@ def estimate(
     tokens = calibration.samples * calibration.length if calibration is not None and calibrated else 0
     states = tokens * _hidden(facts) * min(_FLOAT, _WIDTHS[facts.dtype])
     others = max([*_exports(facts, exporters), _verification(facts)], key=lambda phase: phase.nbytes)
-    sweeps = {batch: _sweep(facts, passes, min(batch, tokens)) for batch in _BATCHES}
+    choices = [Limits(batch_tokens=batch, statistics_bytes=share) for share in _STATISTICS for batch in _BATCHES]
+    sweeps = [_sweep(facts, passes, min(limits.batch_tokens, tokens), limits.statistics_bytes) for limits in choices]
     if max_memory is None:
-        batch = _BATCHES[0]
-        peak = base + max(others.nbytes, sweeps[batch].nbytes + states)
-        return Estimate(peak, Limits(batch_tokens=batch))
+        return Estimate(base + max(others.nbytes, sweeps[0].nbytes + states), choices[0])
     available = max_memory - base
-    least = max(others, sweeps[_BATCHES[-1]], key=lambda phase: phase.nbytes)
+    least = max(others, sweeps[-1], key=lambda phase: phase.nbytes)
     if least.nbytes > available:
         raise _too_little(least, base, max_memory)
-    batch = next(batch for batch, sweep in sweeps.items() if sweep.nbytes <= available)
-    room = available - sweeps[batch].nbytes
-    peak = base + max(others.nbytes, sweeps[batch].nbytes + min(states, room))
-    return Estimate(peak, Limits(batch_tokens=batch, states_bytes=room))
+    sweep, limits = next(pair for pair in zip(sweeps, choices, strict=True) if pair[0].nbytes <= available)
+    room = available - sweep.nbytes
+    peak = base + max(others.nbytes, sweep.nbytes + min(states, room))
+    return Estimate(peak, msgspec.structs.replace(limits, states_bytes=room))
 
 
 def _too_little(least: Phase, base: int, max_memory: int) -> UsageError:
@@ -101,8 +107,15 @@ def _too_little(least: Phase, base: int, max_memory: int) -> UsageError:
     )
 
 
-def _sweep(facts: ModelFacts, passes: Sequence[AnyPass], tokens: int) -> Phase:
-    """Return the peak of working on the largest block, `tokens` of the calibration samples at a time."""
+def _sweep(facts: ModelFacts, passes: Sequence[AnyPass], tokens: int, statistics: int) -> Phase:
+    """Return the peak of working on the largest block, `tokens` of the calibration samples at a time.
+
+    Args:
+        facts: the model.
+        passes: all of them.
+        tokens: in a batch; 0 without calibration.
+        statistics: what the Hessians of a mixture's experts may take at once.
+    """
     width = _WIDTHS[facts.dtype]
     block = facts.largest_block_bytes // width
     largest, widest = _largest(facts), max((linear.in_features for linear in facts.linears), default=0)
@@ -111,8 +124,9 @@ def _sweep(facts: ModelFacts, passes: Sequence[AnyPass], tokens: int) -> Phase:
     if not tokens:  # the layer that is rounded, and the block's codes, which are copied to be written
         return Phase("the largest block", largest * width + 2 * block)
     hessian = _FLOAT * widest**2
-    collecting = hessian + _ACTIVATIONS * _FLOAT * tokens * widest
-    rounding = 2 * hessian + 10 * min(_ROWS, largest // max(1, widest)) * widest
+    hessians = max(hessian, min(statistics, _expert_bytes(facts)))
+    collecting = hessians + _ACTIVATIONS * _FLOAT * tokens * widest
+    rounding = hessians + hessian + 10 * min(_ROWS, largest // max(1, widest)) * widest
     held = (_FLOAT + 1) * block + min(facts.outside_bytes, _embedding(facts) * width)
     return Phase(f"the largest block, its codes and the Hessian of {widest} inputs", held + max(collecting, rounding))
 
@@ -133,6 +147,14 @@ def _verification(facts: ModelFacts) -> Phase:
     block = facts.largest_block_bytes // width * _FLOAT + _DEQUANTIZED * _largest(facts)
     head = _embedding(facts) * width
     return Phase("computing the largest block to verify it", max(block, head) + _LOGITS)
+
+
+def _expert_bytes(facts: ModelFacts) -> int:
+    """Return the bytes of the Hessians of all experts of a block."""
+    alike = Counter(
+        (re.sub(r"\.experts\.\d+\.", ".experts.*.", linear.name), linear.in_features) for linear in facts.linears
+    )
+    return max((count * _FLOAT * width**2 for (_, width), count in alike.items()), default=0)
 
 
 def _largest(facts: ModelFacts) -> int:

@@ -66,7 +66,7 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         model = TorchModel.create(location, source.checkpoint, plan.facts, stage.work)
         _warn_of_unused(model, reporter)
         passes = passes_of(plan.recipe)
-        context = PassContext(seed=plan.recipe.seed, reporter=reporter)
+        context = PassContext(seed=plan.recipe.seed, reporter=reporter, statistics_bytes=plan.limits.statistics_bytes)
         rows = source.samples.rows if source.samples else []
         model, results = _run_passes(model, passes, rows, context, plan.limits)
         records = [_pass_record(one, result) for one, result in zip(passes, results, strict=True)]

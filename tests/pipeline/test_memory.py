@@ -89,6 +89,20 @@ def test_batches_become_smaller_before_a_limit_is_refused():
     assert tight.limits.batch_tokens == 1024
 
 
+def test_hessians_of_experts_are_gathered_in_parts():
+    experts = tuple(
+        LinearFacts(name=f"0.experts.{expert}.w1", out_features=64, in_features=4096) for expert in range(64)
+    )
+    mixture = msgspec.structs.replace(facts(4), linears=experts, largest_block_bytes=1 << 19, parameters=1 << 20)
+    passes, exporters = passes_of(recipe("gptq")), exporters_of(recipe("gptq"))
+    free = estimate(mixture, passes, exporters, CALIBRATION)
+    tight = estimate(mixture, passes, exporters, CALIBRATION, 2 << 30)
+    assert free.limits.statistics_bytes == 4 << 30
+    assert free.peak_bytes > 4 << 30
+    assert tight.limits.statistics_bytes < 2 << 30
+    assert tight.peak_bytes <= 2 << 30
+
+
 def test_too_little_is_refused_with_what_is_needed():
     with pytest.raises(UsageError) as refused:
         made("gptq", max_memory=1 << 29)
