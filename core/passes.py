@@ -80,12 +80,14 @@ class PassContext:
         target: what the artifact is for.
         reporter: shown progress.
         allocation: bits per weight by layer, as an earlier pass chose them.
+        statistics_bytes: what is gathered of a mixture's experts takes at most this much at a time.
     """
 
     seed: int = 0
     target: Target = Target.CPU
     reporter: Reporter = field(default_factory=Silent)
     allocation: Mapping[str, int] = field(default_factory=dict[str, int])
+    statistics_bytes: int = 4 << 30
 
 
 class Pass(Generic[P]):

@@ -29,10 +29,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         batch_tokens: calibration tokens that run through a block at a time.
+        statistics_bytes: how much of a mixture's experts' statistics is gathered at a time.
         states_bytes: how much of the samples' hidden states stays in memory, the rest on disk; None keeps them all.
     """
 
     batch_tokens: int = 2048
+    statistics_bytes: int = 4 << 30
     states_bytes: int | None = None
 
 

@@ -117,6 +117,7 @@ class Safetensors(Exporter[SafetensorsParams]):
                     writer.write(f"{name}.weight", model.read(f"{name}.weight"))
                 else:
                     writer.write(name, value)
+                del value  # before the next is read: two embeddings at once may be more than a block
                 step.advance(detail=name)
             for name, tensor in others.items():
                 writer.write(name, tensor)

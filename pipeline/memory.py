@@ -7,8 +7,12 @@ are what a limit decides. Everything else is what the work needs at least.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import msgspec
 
 from ..core.errors import UsageError
 from ..core.facts import ModelFacts
@@ -22,21 +26,27 @@ WHOLE_BYTES = 1 << 30
 """A model of more bytes than this in float32 is verified block by block in transformers: opening it whole would take
 several times the memory that making it took."""
 
-_INTERPRETER = 420 << 20
-"""Resident memory of Python with torch, transformers and compressed-tensors imported and a model's modules built:
-measured with Python 3.11, torch 2.13 and transformers 5.23 on Linux."""
+_INTERPRETER = 400 << 20
+_TEXT = 64 << 20
+_LOADER = 64 << 20
+"""Resident memory of Python with torch, transformers and compressed-tensors imported and a model's modules built, what
+a tokenizer and calibration text add, and what transformers adds as it opens a model: measured with Python 3.11, torch
+2.13 and transformers 5.23 on Linux."""
 
 _BATCHES = (2048, 1024, 512, 256)
 """Tokens that run through a block at a time: the most that a limit leaves room for."""
 
+_STATISTICS = (4 << 30, 1 << 30, 256 << 20, 0)
+"""What the Hessians of a mixture's experts may take at once; a forward pass more for each further part."""
+
 _ROWS = 2048
 """Rows of a weight that a pass works on at a time."""
 
-_ACTIVATIONS = 4
+_ACTIVATIONS = 6
 """How many inputs of the widest layer are in memory at once while a block computes."""
 
-_UNPACKED = 8
-"""Bytes of a weight, beside itself, while its codes are unpacked."""
+_DEQUANTIZED = 4
+"""Bytes of a weight, beside its place in the block, while it is dequantized."""
 
 _LOGITS = 4 * (1 << 23)
 _FLOAT = 4
@@ -69,36 +79,43 @@ def estimate(
     Raises:
         UsageError: it cannot; the message says how much is needed at least.
     """
+    base = _INTERPRETER + (0 if calibration is None else _TEXT)
     calibrated = calibration is not None and any(Need.CALIBRATION in one.requires() for one in passes)
     tokens = calibration.samples * calibration.length if calibration is not None and calibrated else 0
     states = tokens * _hidden(facts) * min(_FLOAT, _WIDTHS[facts.dtype])
     others = max([*_exports(facts, exporters), _verification(facts)], key=lambda phase: phase.nbytes)
-    sweeps = {batch: _sweep(facts, passes, min(batch, tokens)) for batch in _BATCHES}
+    choices = [Limits(batch_tokens=batch, statistics_bytes=share) for share in _STATISTICS for batch in _BATCHES]
+    sweeps = [_sweep(facts, passes, min(limits.batch_tokens, tokens), limits.statistics_bytes) for limits in choices]
     if max_memory is None:
-        batch = _BATCHES[0]
-        peak = _INTERPRETER + max(others.nbytes, sweeps[batch].nbytes + states)
-        return Estimate(peak, Limits(batch_tokens=batch))
-    available = max_memory - _INTERPRETER
-    least = max(others, sweeps[_BATCHES[-1]], key=lambda phase: phase.nbytes)
+        return Estimate(base + max(others.nbytes, sweeps[0].nbytes + states), choices[0])
+    available = max_memory - base
+    least = max(others, sweeps[-1], key=lambda phase: phase.nbytes)
     if least.nbytes > available:
-        raise _too_little(least, max_memory)
-    batch = next(batch for batch, sweep in sweeps.items() if sweep.nbytes <= available)
-    room = available - sweeps[batch].nbytes
-    peak = _INTERPRETER + max(others.nbytes, sweeps[batch].nbytes + min(states, room))
-    return Estimate(peak, Limits(batch_tokens=batch, states_bytes=room))
+        raise _too_little(least, base, max_memory)
+    sweep, limits = next(pair for pair in zip(sweeps, choices, strict=True) if pair[0].nbytes <= available)
+    room = available - sweep.nbytes
+    peak = base + max(others.nbytes, sweep.nbytes + min(states, room))
+    return Estimate(peak, msgspec.structs.replace(limits, states_bytes=room))
 
 
-def _too_little(least: Phase, max_memory: int) -> UsageError:
-    needed = _INTERPRETER + least.nbytes
+def _too_little(least: Phase, base: int, max_memory: int) -> UsageError:
+    needed = base + least.nbytes
     return UsageError(
         f"at least {_gib(needed)} of memory are needed, {_gib(max_memory)} are allowed",
-        where=f"{least.words}: {_gib(least.nbytes)}; Python and its libraries: {_gib(_INTERPRETER)}",
+        where=f"{least.words}: {_gib(least.nbytes)}; Python, its libraries and the text: {_gib(base)}",
         hint=f"use --max-memory {needed / 2**30 + 0.005:.2f}GiB or more",
     )
 
 
-def _sweep(facts: ModelFacts, passes: Sequence[AnyPass], tokens: int) -> Phase:
-    """Return the peak of working on the largest block, `tokens` of the calibration samples at a time."""
+def _sweep(facts: ModelFacts, passes: Sequence[AnyPass], tokens: int, statistics: int) -> Phase:
+    """Return the peak of working on the largest block, `tokens` of the calibration samples at a time.
+
+    Args:
+        facts: the model.
+        passes: all of them.
+        tokens: in a batch; 0 without calibration.
+        statistics: what the Hessians of a mixture's experts may take at once.
+    """
     width = _WIDTHS[facts.dtype]
     block = facts.largest_block_bytes // width
     largest, widest = _largest(facts), max((linear.in_features for linear in facts.linears), default=0)
@@ -107,8 +124,9 @@ def _sweep(facts: ModelFacts, passes: Sequence[AnyPass], tokens: int) -> Phase:
     if not tokens:  # the layer that is rounded, and the block's codes, which are copied to be written
         return Phase("the largest block", largest * width + 2 * block)
     hessian = _FLOAT * widest**2
-    collecting = hessian + _ACTIVATIONS * _FLOAT * tokens * widest
-    rounding = 2 * hessian + 10 * min(_ROWS, largest // max(1, widest)) * widest
+    hessians = max(hessian, min(statistics, _expert_bytes(facts)))
+    collecting = hessians + _ACTIVATIONS * _FLOAT * tokens * widest
+    rounding = hessians + hessian + 10 * min(_ROWS, largest // max(1, widest)) * widest
     held = (_FLOAT + 1) * block + min(facts.outside_bytes, _embedding(facts) * width)
     return Phase(f"the largest block, its codes and the Hessian of {widest} inputs", held + max(collecting, rounding))
 
@@ -125,10 +143,18 @@ def _exports(facts: ModelFacts, exporters: Sequence[AnyExporter]) -> list[Phase]
 def _verification(facts: ModelFacts) -> Phase:
     width = _WIDTHS[facts.dtype]
     if facts.parameters * _FLOAT <= WHOLE_BYTES:
-        return Phase("opening the artifact again", facts.parameters * (_FLOAT + width))
-    block = facts.largest_block_bytes // width * _FLOAT + _UNPACKED * _largest(facts)
+        return Phase("opening the artifact again", facts.parameters * (_FLOAT + width + 1) + _LOGITS + _LOADER)
+    block = facts.largest_block_bytes // width * _FLOAT + _DEQUANTIZED * _largest(facts)
     head = _embedding(facts) * width
     return Phase("computing the largest block to verify it", max(block, head) + _LOGITS)
+
+
+def _expert_bytes(facts: ModelFacts) -> int:
+    """Return the bytes of the Hessians of all experts of a block."""
+    alike = Counter(
+        (re.sub(r"\.experts\.\d+\.", ".experts.*.", linear.name), linear.in_features) for linear in facts.linears
+    )
+    return max((count * _FLOAT * width**2 for (_, width), count in alike.items()), default=0)
 
 
 def _largest(facts: ModelFacts) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.handle import TorchModel
 from ..models.locate import Location, locate
 from ..models.text import load_tokenizer
+from .background import in_background
 from .fingerprint import FINGERPRINT, write_fingerprint
 from .output import Staging, file_record, file_records, inputs_of, readable, staging
 from .parity import ROWS, Reference, compare, make_reference
@@ -35,11 +36,12 @@ _VERSIONED = ("torch", "transformers", "compressed-tensors", "onnx", "onnx-ir", 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The model that a run starts from, and the text it is calibrated on."""
+    """The model that a run starts from, the text it is calibrated on, and what waits for the hash of the checkpoint."""
 
     location: Location
     checkpoint: Checkpoint
     samples: Samples | None
+    sha256: Callable[[], str]
 
 
 def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Manifest:
@@ -58,11 +60,13 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
     """
     with staging(output, force=force, inputs=inputs_of(plan.recipe)) as stage:
         location = locate(plan.recipe.model)
-        source = _Source(location, Checkpoint(location.folder), _load_samples(plan, location, reporter))
+        checkpoint = Checkpoint(location.folder)
+        samples = _load_samples(plan, location, reporter)
+        source = _Source(location, checkpoint, samples, in_background(checkpoint.sha256))
         model = TorchModel.create(location, source.checkpoint, plan.facts, stage.work)
         _warn_of_unused(model, reporter)
         passes = passes_of(plan.recipe)
-        context = PassContext(seed=plan.recipe.seed, reporter=reporter)
+        context = PassContext(seed=plan.recipe.seed, reporter=reporter, statistics_bytes=plan.limits.statistics_bytes)
         rows = source.samples.rows if source.samples else []
         model, results = _run_passes(model, passes, rows, context, plan.limits)
         records = [_pass_record(one, result) for one, result in zip(passes, results, strict=True)]
@@ -220,7 +224,7 @@ def _manifest(
         source={
             "id": source.location.source,
             "revision": source.location.revision,
-            "sha256": source.checkpoint.sha256(),
+            "sha256": source.sha256(),
             "architecture": plan.facts.architecture,
             "dtype": plan.facts.dtype,
             "parameters": plan.facts.parameters,

@@ -243,6 +243,15 @@ def test_an_expert_without_tokens_is_rounded_to_nearest(family, tmp_path):
     assert result.metrics["rounded_to_nearest_count"] == len(idle)
 
 
+def test_one_expert_at_a_time_makes_the_same_codes(family, tmp_path):
+    together, _ = swept(family("mixtral"), tmp_path / "together")
+    apart = open_model(family("mixtral"), tmp_path / "apart")
+    one = Gptq(GptqParams(group_size=32, prefits=0, refits=0))
+    run_sweep(apart, [one], ROWS, PassContext(statistics_bytes=0))
+    for layer in together.quantized:
+        assert together.quantized_weight(layer).codes.equal(apart.quantized_weight(layer).codes), layer
+
+
 def test_a_layer_that_too_few_tokens_reach_is_rounded_to_nearest():
     _, few = run_on(torch.randn(15, 32), min_tokens=0.5)
     _, enough = run_on(torch.randn(16, 32), min_tokens=0.5)

@@ -74,15 +74,33 @@ def test_hidden_states_count_and_go_to_disk():
 
 def test_batches_become_smaller_before_a_limit_is_refused():
     narrow = msgspec.structs.replace(
-        facts(4), linears=(LinearFacts(name="0.q", out_features=512, in_features=512),), largest_block_bytes=1 << 19
+        facts(4), linears=(LinearFacts(name="0.q", out_features=64, in_features=4096),), largest_block_bytes=1 << 19
     )
     passes, exporters = passes_of(recipe("gptq")), exporters_of(recipe("gptq"))
     free = estimate(msgspec.structs.replace(narrow, parameters=1 << 20), passes, exporters, CALIBRATION)
     tight = estimate(
-        msgspec.structs.replace(narrow, parameters=1 << 20), passes, exporters, CALIBRATION, free.peak_bytes - (8 << 20)
+        msgspec.structs.replace(narrow, parameters=1 << 20),
+        passes,
+        exporters,
+        CALIBRATION,
+        free.peak_bytes - (40 << 20),
     )
     assert free.limits.batch_tokens == 2048
     assert tight.limits.batch_tokens == 1024
+
+
+def test_hessians_of_experts_are_gathered_in_parts():
+    experts = tuple(
+        LinearFacts(name=f"0.experts.{expert}.w1", out_features=64, in_features=4096) for expert in range(64)
+    )
+    mixture = msgspec.structs.replace(facts(4), linears=experts, largest_block_bytes=1 << 19, parameters=1 << 20)
+    passes, exporters = passes_of(recipe("gptq")), exporters_of(recipe("gptq"))
+    free = estimate(mixture, passes, exporters, CALIBRATION)
+    tight = estimate(mixture, passes, exporters, CALIBRATION, 2 << 30)
+    assert free.limits.statistics_bytes == 4 << 30
+    assert free.peak_bytes > 4 << 30
+    assert tight.limits.statistics_bytes < 2 << 30
+    assert tight.peak_bytes <= 2 << 30
 
 
 def test_too_little_is_refused_with_what_is_needed():
