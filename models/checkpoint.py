@@ -111,8 +111,9 @@ class Checkpoint:
             _read_into(stream, data.numpy().data, info)
         tensor = data.view(getattr(torch, info.dtype)).reshape(info.shape)
         # The sum of a tensor tells far more cheaply than a test of each element; one that overflows falls to the test.
-        if info.is_floating and not (torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        wide = tensor.float() if info.nbytes == tensor.numel() and info.is_floating else tensor  # torch adds no 8 bits
+        if info.is_floating and not (torch.isfinite(wide.sum()) or torch.isfinite(wide).all()):
+            bad = int((~torch.isfinite(wide)).sum())
             raise LlmoptError(
                 f"weight `{name}` holds NaN or Inf",
                 where=f"{bad} of {tensor.numel()} values, in {info.shard.name}",
