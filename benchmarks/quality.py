@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="windows of text, 100 by default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", action="append", help="rows whose name holds this text; may be given several times")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="keep all runs there; those that it holds are not repeated")
     args = parser.parse_args()
 
     wanted = {f"{grid}: {method}": (METHODS[method], GRIDS[grid], method) for grid in GRIDS for method in METHODS}
@@ -214,14 +214,16 @@ def main() -> None:
     print(f"{describe()}\n{args.model.name}, {args.samples} x {args.length} calibration tokens\n")
     print("| artifact | seeds | perplexity | loss increase, 1e-3 | KL, 1e-3 nats | same first token | MiB | seconds |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    runs: dict[str, list[Run]] = {}
+    kept = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.is_file() else {}
+    runs = {name: [Run(**run) for run in made] for name, made in kept.items()}
     for name, (passes, grid, method) in wanted.items():
         if args.only and not any(text in name for text in args.only):
             continue
         steps = tuple((one, {**(grid or {}), **params}) for one, params in passes)
         data = method not in WITHOUT_DATA and (grid is not None or "rtn" not in method or "tensor" in method)
         try:
-            runs[name] = [bench.run(steps, seed) for seed in range(args.seeds if data else 1)]
+            if name not in runs:
+                runs[name] = [bench.run(steps, seed) for seed in range(args.seeds if data else 1)]
         except UsageError as error:
             print(f"| {name} | refused: {error.what} | | | | | | |", flush=True)
             continue
