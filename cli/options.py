@@ -149,7 +149,9 @@ def _hint(shown: str, parameter: Parameter, option: str) -> str:
     if hint.startswith("did you mean"):
         return hint
     join = " " if option.startswith("--") else "="
-    return f"for example {option}{join}{parameter.default_text or parameter.metavar}"
+    if parameter.default_text:
+        return f"for example {option}{join}{parameter.default_text}"
+    return f"{option} takes {parameter.metavar}"
 
 
 def parse_struct(text: str, struct: type[msgspec.Struct], *, where: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ FILES = {
     "group-size": (
         MODEL + "passes: [rtn: {group_size: big}]\n" + EXPORTS,
         "bad value",
-        "group_size is a number, or one of channel, tensor",
+        "group_size is a number, or one of block, channel, tensor",
     ),
     "no-list": (MODEL + "passes: rtn\n" + EXPORTS, "expected a list", "write one `- name:"),
     "two-in-one": (MODEL + "passes: [{rtn: {}, gptq: {}}]\n" + EXPORTS, "a step is a name", "`- gptq: {bits: 4}`"),
@@ -103,14 +103,14 @@ def test_no_recipe_there(shell):
 @pytest.mark.parametrize(
     ("options", "what", "hint"),
     [
-        (("--scheme", "w4a8"), "unknown scheme `w4a8`", "known: w2a16"),
+        (("--scheme", "int7"), "unknown scheme `int7`", "known: w2a16"),
         (("--scheme", "w7a16"), "unknown scheme `w7a16`", "did you mean `w8a16`?"),
         (("--method", "awqq"), "unknown method `awqq`", "gptq"),
         (("--export", "safetensor"), "unknown export `safetensor`", "did you mean `safetensors`?"),
         (("--export", "onnx:fus=false"), "unknown parameter `fus`", "did you mean `fuse`?"),
         (("--export", "onnx:fuse=maybe"), "bad value for fuse: maybe", "for example fuse=true"),
         (("--export", "safetensors", "--export", "safetensors"), "`safetensors` is exported twice", "one folder"),
-        (("--group-size", "big"), "bad value for --group-size: big", "for example --group-size 128"),
+        (("--group-size", "big"), "bad value for --group-size: big", "--group-size takes N|block|channel|tensor"),
         (("--grup-size", "8"), "unknown option --grup-size", "did you mean `--group-size`?"),
         (("--damping", "0.1"), "--damping does not apply to --method rtn", "it belongs to --method gptq"),
     ],
