@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.errors import UsageError
+from ..core.errors import UsageError, nearest
 from ..core.passes import Need
 from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 from ..passes import PASSES
@@ -134,6 +134,12 @@ def command(
     """
     screen = open_screen(json=json, quiet=quiet, verbose=verbose)
     found = parse_scheme(scheme)
+    for option, value, choices in (
+        ("--activations", activations, ("token", "tensor")),
+        ("--kv-cache", kv_cache, ("fp8", "int8")),
+        ("--dtype", dtype, ("float32", "float16", "bfloat16")),
+    ):
+        _check_choice(option, value, choices)
     chosen = _choose(method, calibrated=calibration is not None)
     refuse_foreign(options, chosen, METHODS, kind="--method")
     if calibration is None and options["calibration"]:
@@ -163,6 +169,18 @@ def command(
         max_memory=max_memory,
         notes=() if method or calibration else (hint,),
     )
+
+
+def _check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:
+    """Refuse a value that an option does not take.
+
+    Raises:
+        UsageError: it names those that it takes.
+    """
+    if value is not None and value not in choices:
+        raise UsageError(
+            f"bad value for {option}: {value}", where=f"expected {' or '.join(choices)}", hint=nearest(value, choices)
+        )
 
 
 def _allocation(given: dict[str, Any], *, calibrated: bool) -> tuple[Step, ...]:
