@@ -115,6 +115,10 @@ class Pass(Generic[P]):
             UsageError: these parameters cannot be used on this model or target.
         """
 
+    def facts_after(self, facts: ModelFacts) -> ModelFacts:
+        """Return the outline as the pass will leave it, for what the plan says of sizes and formats."""
+        return facts
+
     def grid(self) -> Grid | None:
         """Return the grid on which the pass puts weights, None if it leaves them in floating point."""
         return None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta
 
+from ..core.facts import ModelFacts
 from ..core.model import ModelHandle
 from ..core.params import Params
 from ..core.passes import ModelPass, PassContext, PassResult
+
+_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class CastParams(Params, frozen=True, kw_only=True):
@@ -29,6 +33,13 @@ class Cast(ModelPass[CastParams]):
     not_after = frozenset({"rtn", "gptq"})
     before_rounding = True
     Params = CastParams
+
+    def facts_after(self, facts: ModelFacts) -> ModelFacts:
+        """Return the outline with another dtype."""
+        if facts.dtype == self.params.dtype:
+            return facts
+        width = _WIDTHS[self.params.dtype]
+        return msgspec.structs.replace(facts, dtype=self.params.dtype, bytes=facts.parameters * width)
 
     def run(self, model: ModelHandle, context: PassContext) -> tuple[ModelHandle, PassResult]:  # noqa: ARG002
         """Mark the model; tensors are cast when they are read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 
 from ..core.errors import UsageError
@@ -65,6 +66,17 @@ class Rotate(ModelPass[RotateParams]):
                 where=f"pass `rotate`: {why}",
                 hint=_ONLY_VALUES,
             )
+
+    def facts_after(self, facts: ModelFacts) -> ModelFacts:
+        """Return the outline with a head of its own, where config.json says that it was tied."""
+        config = facts.config
+        width, rows = config.get("hidden_size"), config.get("vocab_size")
+        if not (self.params.residual and config.get("tie_word_embeddings") and width and rows):
+            return facts
+        added = width * rows
+        return msgspec.structs.replace(
+            facts, parameters=facts.parameters + added, bytes=facts.bytes + added * facts.bytes // facts.parameters
+        )
 
     def run(self, model: ModelHandle, context: PassContext) -> tuple[ModelHandle, PassResult]:
         """Rotate the model."""

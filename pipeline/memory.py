@@ -174,5 +174,5 @@ def _embedding(facts: ModelFacts) -> int:
     return int(text.get("vocab_size") or 0) * _hidden(facts)
 
 
-def _gib(nbytes: int) -> str:
+def _gib(nbytes: float) -> str:
     return f"{nbytes / 2**30:.2f} GiB"

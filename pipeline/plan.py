@@ -56,7 +56,9 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None) -> Plan:
                 where=f"pass `{one.name}` reads calibration text",
                 hint="put tokenizer.json and tokenizer_config.json beside the weights, or use rtn",
             )
-    final = _cast_facts(facts, passes)
+    final = facts
+    for one in passes:
+        final = one.facts_after(final)
     check_exports(exporters, passes, final)
     memory = estimate(facts, passes, exporters, recipe.calibration, max_memory)
     return Plan(
@@ -90,12 +92,6 @@ def _check_length(recipe: Recipe, facts: ModelFacts) -> None:
 def _target(exporters: Sequence[AnyExporter]) -> Target:
     wanted = {str(target) for exporter in exporters if (target := getattr(exporter.params, "target", None)) is not None}
     return Target(wanted.pop()) if len(wanted) == 1 else Target.CPU
-
-
-def _cast_facts(facts: ModelFacts, passes: Sequence[AnyPass]) -> ModelFacts:
-    dtype = next((str(one.params.dtype) for one in passes if one.name == "cast"), facts.dtype)
-    bytes_after = facts.bytes if dtype == facts.dtype else facts.parameters * _WIDTHS[dtype]
-    return msgspec.structs.replace(facts, dtype=dtype, bytes=bytes_after)
 
 
 def _steps(passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: ModelFacts) -> list[PlanStep]:

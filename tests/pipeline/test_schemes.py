@@ -180,3 +180,22 @@ def test_a_fixed_scale_needs_calibration(family):
 def test_mxfp4_needs_bfloat16(family):
     with pytest.raises(UsageError, match="unpacks mxfp4 weights to bfloat16"):
         make_plan(recipe(family("llama"), *steps({"rtn": {"number": "mxfp4"}})))
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        (),
+        (INT8, TOKEN),
+        ({"rtn": {"bits": 4, "group_size": 32}}, TOKEN),
+        (FP8,),
+        ({"cast": {"dtype": "bfloat16"}}, {"rtn": {"number": "nvfp4"}}),
+        ({"cast": {"dtype": "bfloat16"}}, {"rotate": {}}, {"rtn": {"bits": 4, "group_size": 32}}),
+    ],
+)
+def test_the_plan_knows_the_size(family, tmp_path, passes):
+    folder = family("llama", tie_word_embeddings=True, vocab_size=512)
+    plan = make_plan(recipe(folder, *steps(*passes)))
+    build(plan.recipe, tmp_path / "made")
+    size = sum(tensor.nbytes for tensor in load_file(tmp_path / "made" / "model.safetensors").values())
+    assert plan.output_bytes == pytest.approx(size, rel=0.02)
