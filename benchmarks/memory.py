@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,10 @@ def main() -> None:
         for method, count, threads in product(args.methods, sorted(layers), args.threads):
             model = (args.folder or Path(scratch)) / f"llama-{count}"
             if not model.exists():
-                make_model(model, count)
+                # In a process of its own: what this one holds would count as the peak of those that it starts.
+                making = get_context("spawn").Process(target=make_model, args=(model, count))
+                making.start()
+                making.join()
             size = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e9
             shape = {"method": method, "layers": count, "gigabytes": size, "threads": threads}
             row = {**shape, **run(model, method, threads)}
