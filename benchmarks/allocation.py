@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,8 @@ def main() -> None:
     parser.add_argument("--svg", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.svg and find_spec("matplotlib") is None:
+        parser.error("--svg needs matplotlib: pip install 'llmopt[bench]'")
     print(f"{describe()}\n{args.model.name}, {args.method}, group size {args.group_size}, ", end="")
     print(f"{args.samples} x {args.length} calibration tokens\n")
     rows: list[dict[str, Any]] = []

@@ -72,6 +72,42 @@ def test_transformers_computes_what_we_do(family, text, tmp_path, passes, form):
     assert parity.max_difference < 1e-3
 
 
+def test_blocks_of_128_by_128(family, text, tmp_path):
+    manifest, config, tensors = made(
+        family,
+        text,
+        tmp_path,
+        {"rtn": {"number": "fp8", "group_size": "block"}},
+        {"quantize-activations": {"number": "fp8"}},
+        hidden_size=256,
+        intermediate_size=384,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=128,
+    )
+    assert config["config_groups"]["group_0"]["weights"]["block_structure"] == [128, 128]
+    assert tensors["model.layers.0.mlp.down_proj.weight_scale"].shape == (2, 3)
+    assert manifest.exports[0].verification.weights_equal
+    assert manifest.exports[0].verification.max_difference < 1e-3
+
+
+def test_several_kinds_of_numbers_in_one_checkpoint(family, text, tmp_path):
+    overrides = [
+        {"pattern": "*.down_proj", "number": "fp8"},
+        {"pattern": "*.o_proj", "bits": 8, "group_size": "channel"},
+        {"pattern": "*.0.*.k_proj", "number": "mxfp4"},
+        {"pattern": "*.0.*.v_proj", "number": "nvfp4"},
+    ]
+    manifest, config, _ = made(
+        family, text, tmp_path, {"cast": {"dtype": "bfloat16"}}, {"rtn": {"group_size": 32, "overrides": overrides}}
+    )
+    assert config["format"] == "mixed-precision"
+    formats = {group["format"] for group in config["config_groups"].values()}
+    assert formats == {"pack-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"}
+    assert manifest.exports[0].verification.weights_equal
+    assert manifest.exports[0].verification.passed
+
+
 @pytest.mark.parametrize("number", ["fp8", "int8"])
 def test_keys_and_values_are_rounded_there_too(family, text, tmp_path, number):
     manifest, config, tensors = made(
