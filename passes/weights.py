@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal, TypeVar
 
+import msgspec
 from msgspec import Meta
 
 from ..core.errors import UsageError
@@ -14,7 +15,7 @@ from ..core.model import Block, Linear
 from ..core.params import Bits, GroupSizeParam, Ignore, NumberParam, Override, Overrides, Params, Symmetric
 from ..core.passes import BlockPass
 from ..core.patterns import check_patterns, matches
-from ..core.quantized import BLOCK, FLOATS, Grid, Number
+from ..core.quantized import BLOCK, FLOATS, Grid, GroupSize, Number
 from ..core.target import Target
 
 _SMALLEST_GROUP = 16
@@ -40,6 +41,22 @@ class WeightParams(Params, frozen=True, kw_only=True):
         Meta(description="Shrink the range of each group to where the squared error is smallest, or keep it whole."),
     ] = "none"
     overrides: Overrides = ()
+
+    def __post_init__(self) -> None:
+        """Put what stands for parameters that were not given, so that records say what was done."""
+        bits, group_size = _defaults(self.number)
+        if self.bits is None:
+            msgspec.structs.force_setattr(self, "bits", bits)
+        if self.group_size is None:
+            msgspec.structs.force_setattr(self, "group_size", group_size)
+
+
+def _defaults(number: Number) -> tuple[int, GroupSize]:
+    """Return bits and group size of a kind of number where none are given."""
+    if number == "int":
+        return _DEFAULT_BITS, _DEFAULT_GROUP
+    bits, group_size = FLOATS[number]
+    return bits, group_size or "channel"
 
 
 W = TypeVar("W", bound=WeightParams)
@@ -84,15 +101,10 @@ class WeightPass(BlockPass[W]):
         """Return the grid that an override asks for, or `check` refuses."""
         params = self.params
         number = params.number if override.number is None else override.number
-        # Bits and groups of one kind of number say nothing of another.
-        bits, group_size = (params.bits, params.group_size) if number == params.number else (None, None)
-        bits = override.bits or allocated or bits
-        group_size = override.group_size or group_size
-        if number == "int":
-            bits, group_size = bits or _DEFAULT_BITS, group_size or _DEFAULT_GROUP
-        else:
-            fixed, own_group = FLOATS[number]
-            bits, group_size = bits or fixed, group_size or own_group or "channel"
+        bits, group_size = _defaults(number)
+        if number == params.number:  # what was given for one kind of number says nothing of another
+            bits, group_size = params.bits or bits, params.group_size or group_size
+        bits, group_size = override.bits or allocated or bits, override.group_size or group_size
         symmetric = params.symmetric if override.symmetric is None else override.symmetric
         return Grid(bits=bits, group_size=group_size, symmetric=symmetric, number=number)
 
