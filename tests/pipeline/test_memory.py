@@ -5,7 +5,7 @@ import pytest
 from llmopt.core.errors import UsageError
 from llmopt.core.facts import LinearFacts, ModelFacts
 from llmopt.core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
-from llmopt.pipeline.memory import estimate
+from llmopt.pipeline.memory import _MARGIN, estimate
 from llmopt.pipeline.steps import exporters_of, passes_of
 
 HIDDEN, MLP, VOCABULARY = 2048, 5632, 32000
@@ -83,7 +83,7 @@ def test_batches_become_smaller_before_a_limit_is_refused():
         passes,
         exporters,
         CALIBRATION,
-        free.peak_bytes - (40 << 20),
+        int((free.peak_bytes - (40 << 20)) / _MARGIN),
     )
     assert free.limits.batch_tokens == 2048
     assert tight.limits.batch_tokens == 1024
