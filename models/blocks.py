@@ -16,10 +16,9 @@ from ..core.model import Linear, Product, Stage
 from ..core.quantized import QuantizedWeight
 from .producers import Part, Producer, linear_candidates, norm_candidates, same
 from .replay import Answer, Replay, distance
-from .rounding import CacheWatch
 from .skeleton import BlockSite, Skeleton, View
 from .store import dequantize_into
-from .watch import NormCall, Sighting, Unit, Watch, norm_calls, same_input
+from .watch import CacheWatch, NormCall, Sighting, Unit, Watch, norm_calls, same_input
 
 _LOOK_TOKENS = 256
 """How many tokens are enough to see in what order the layers of a block are reached."""

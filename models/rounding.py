@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F  # noqa: N812  (the field's customary name)
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..core.activations import QuantizedCache, QuantizedInput
-from .watch import input_position
+from .watch import Interception, input_position
 
 if TYPE_CHECKING:
     from .skeleton import BlockSite, Skeleton
 
 
-class CacheWatch(TorchFunctionMode):
-    """Calls `receive(keys, values)` for every attention inside the context.
-
-    Args:
-        receive: gets keys and values, (rows, heads, tokens, head size).
-    """
-
-    def __init__(self, receive: Callable[[Tensor, Tensor], None]) -> None:
-        super().__init__()
-        self._receive = receive
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Notice attention, then run it."""
-        if func is F.scaled_dot_product_attention:
-            self._receive(args[1], args[2])
-        return func(*args, **(kwargs or {}))
-
-
-class Rounding(TorchFunctionMode):
+class Rounding(Interception):
     """Rounds what the products and the attention of one block read, inside the context.
 
     Args:
@@ -55,24 +30,18 @@ class Rounding(TorchFunctionMode):
         self._cache = cache
         self._last: tuple[Tensor, int, QuantizedInput, Tensor] | None = None
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Round, then run."""
+    def arguments(self, func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Round what a product or attention reads."""
         at = input_position(func, args)
         if at is not None:
             if self._addresses is None:
                 self._addresses = self._make()
             rounding = self._addresses.get(args[at + 1].data_ptr())
             if rounding is not None:
-                args = (*args[:at], self._rounded(args[at], rounding), *args[at + 1 :])
+                return (*args[:at], self._rounded(args[at], rounding), *args[at + 1 :])
         elif func is F.scaled_dot_product_attention and self._cache is not None:
-            args = (args[0], *self._cache.round(args[1], args[2]), *args[3:])
-        return func(*args, **(kwargs or {}))
+            return (args[0], *self._cache.round(args[1], args[2]), *args[3:])
+        return args
 
     def _rounded(self, values: Tensor, rounding: QuantizedInput) -> Tensor:
         """Round; layers that read the same tensor are given the same, by which they are known to share it."""

@@ -13,7 +13,8 @@ from ..core.activations import QuantizedCache, QuantizedInput
 from ..core.model import Linear
 from ..core.quantized import Grid, QuantizedWeight
 
-_IN_CACHE = 1 << 19
+IN_CACHE = 1 << 19
+"""So many weights at a time stay in the processor's cache from one step to the next."""
 
 
 def dequantize_into(place: Tensor, weight: QuantizedWeight) -> None:
@@ -23,7 +24,7 @@ def dequantize_into(place: Tensor, weight: QuantizedWeight) -> None:
     """
     out_features, in_features = weight.shape
     height = weight.grid.group_height(out_features) if weight.grid.group_size == "block" else 1
-    rows = max(1, _IN_CACHE // in_features // height) * height
+    rows = max(1, IN_CACHE // in_features // height) * height
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
         place[start:stop] = weight.rows(start, stop).dequantize()

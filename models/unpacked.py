@@ -17,13 +17,12 @@ from torch import Tensor
 from ..core.errors import LlmoptError
 from .checkpoint import Checkpoint
 from .handle import TorchModel
+from .store import IN_CACHE
 
 _PACKED, _SCALE, _ZERO, _SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 _PARTS = ("weight", _PACKED, _SCALE, _ZERO, _SHAPE, "weight_global_scale")
 _WORD = 32
 """Zero points are packed along the rows, so rows are unpacked in multiples of the codes' words."""
-
-_IN_CACHE = 1 << 19
 
 
 class UnpackedFolder:
@@ -53,12 +52,12 @@ class UnpackedFolder:
 
     def beside(self, name: str, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield parts of `tensor`, and of the one of that name, so that only one of the two is in memory whole."""
-        parts = tensor.reshape(-1).split(_IN_CACHE)
+        parts = tensor.reshape(-1).split(IN_CACHE)
         found = self._checkpoint.tensors.get(name)
         if found is None or found.shape != tuple(tensor.shape):
             yield tensor, torch.empty(0)
         else:
-            yield from zip(parts, self._checkpoint.pieces(name, _IN_CACHE), strict=True)
+            yield from zip(parts, self._checkpoint.pieces(name, IN_CACHE), strict=True)
 
     def is_packed(self, layer: str) -> bool:
         """Return whether a layer's weight is stored as codes."""
@@ -78,7 +77,7 @@ class UnpackedFolder:
             yield slice(0, len(whole)), whole
             return
         out_features, in_features = parts[_SHAPE].tolist()
-        step = max(1, _IN_CACHE // in_features // _WORD) * _WORD
+        step = max(1, IN_CACHE // in_features // _WORD) * _WORD
         for start in range(0, out_features, step):
             rows = slice(start, min(start + step, out_features))
             some = _rows_of(parts, rows, bits=scheme.weights.num_bits)

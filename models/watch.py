@@ -31,7 +31,25 @@ def input_position(func: Callable[..., Any], args: tuple[Any, ...]) -> int | Non
     return at
 
 
-class Watch(TorchFunctionMode):
+class Interception(TorchFunctionMode):
+    """Sees the arguments of every torch function inside the context before it runs."""
+
+    def arguments(self, func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the positional arguments to run `func` with."""
+        raise NotImplementedError
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run a function."""
+        return func(*self.arguments(func, args), **(kwargs or {}))
+
+
+class Watch(Interception):
     """Calls `receive(unit, input)` for every product with a watched weight inside the context.
 
     Args:
@@ -44,20 +62,32 @@ class Watch(TorchFunctionMode):
         self._addresses = addresses
         self._receive = receive
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Notice a product, then run it."""
+    def arguments(self, func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Notice a product."""
         at = input_position(func, args)
         if at is not None:
             unit = self._addresses.get(args[at + 1].data_ptr())
             if unit is not None:
                 self._receive(unit, args[at])
-        return func(*args, **(kwargs or {}))
+        return args
+
+
+class CacheWatch(Interception):
+    """Calls `receive(keys, values)` for every attention inside the context.
+
+    Args:
+        receive: gets keys and values, (rows, heads, tokens, head size).
+    """
+
+    def __init__(self, receive: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self._receive = receive
+
+    def arguments(self, func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Notice attention."""
+        if func is F.scaled_dot_product_attention:
+            self._receive(args[1], args[2])
+        return args
 
 
 @dataclass(slots=True)

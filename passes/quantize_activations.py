@@ -112,7 +112,7 @@ class QuantizeActivations(BlockPass[QuantizeActivationsParams]):
         result.skipped += unreached(block, wanted)
         if not chosen:
             return result
-        # Looked at together: all inputs as the floating-point ones before them leave them, as observers do.
+        # Looked at together, before any input of the block is rounded: two forward passes serve them all.
         spans = {product: Span() for product in chosen}
         block.collect(chosen, lambda product, rows: spans[product].add(rows))
         histograms: dict[Product, Histogram] = {product: Histogram(span) for product, span in spans.items()}

@@ -35,7 +35,7 @@ def exported(folder, tmp_path, *, written="auto", **params):
 @pytest.mark.parametrize("params", GRIDS, ids=str)
 @pytest.mark.parametrize("written", ["auto", "plain"])
 def test_every_weight_comes_back(params, written, family, tmp_path, monkeypatch):
-    monkeypatch.setattr(unpacked, "_IN_CACHE", 1)  # several parts, however small the layer is
+    monkeypatch.setattr(unpacked, "IN_CACHE", 1)  # several parts, however small the layer is
     dtype = "bfloat16" if params.get("number") in ("nvfp4", "mxfp4") else "float32"
     model, directory = exported(family("llama", dtype=dtype), tmp_path, written=written, **params)
     folder = UnpackedFolder(directory)

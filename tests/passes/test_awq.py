@@ -17,7 +17,7 @@ from llmopt.passes.rtn import Rtn, RtnParams
 from llmopt.passes.smooth import Smooth, SmoothParams
 from llmopt.pipeline.plan import make_plan
 from llmopt.pipeline.sweep import run_sweep
-from outliers import save_with_outliers
+from outliers import write_outliers
 
 TEXT = [name for name, family in FAMILIES.items() if family.text]
 ROWS = random_rows(12, 32)
@@ -144,7 +144,7 @@ def test_every_layer_is_quantized(name, family, tmp_path):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_outputs_are_nearer_than_with_rounding_to_nearest(bits, symmetric, family, tmp_path):
-    folder = save_with_outliers(family("llama"), tmp_path / "outliers", factor=4.0, every=16)
+    folder = write_outliers(family("llama"), tmp_path / "outliers", "norms", factor=4.0, every=16)
     rows = random_rows(24, 48, seed=3)
     params = {"bits": bits, "group_size": 32, "symmetric": symmetric}
     expected = outputs(open_model(folder, tmp_path / "float"))

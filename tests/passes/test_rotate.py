@@ -13,7 +13,7 @@ from llmopt.core.passes import PassContext
 from llmopt.models.text import batches
 from llmopt.passes.rotate import Rotate, RotateParams
 from llmopt.pipeline.plan import make_plan
-from outliers import save_with_outliers
+from outliers import write_outliers
 from safetensors.torch import load_file, save_file
 
 ROTATED = ("llama", "qwen2", "qwen3", "mistral", "phi3", "mixtral", "qwen3_moe")
@@ -318,7 +318,7 @@ class TestRuns:
 
     def test_outliers_are_spread(self, family, tmp_path):
         """Rounding to 4 bits with one scale a row: the error with outlier channels falls to that without."""
-        source = save_with_outliers(family("llama"), tmp_path / "outliers", every=16)
+        source = write_outliers(family("llama"), tmp_path / "outliers", "norms", every=16)
         expected = outputs(open_model(source, tmp_path / "work"))
         errors = {}
         for name, steps in {"plain": [], "rotated": [("rotate", {})]}.items():

@@ -14,7 +14,7 @@ from llmopt.passes.products import NO_PRODUCER
 from llmopt.passes.smooth import Smooth, SmoothParams
 from llmopt.pipeline.plan import make_plan
 from llmopt.pipeline.sweep import run_sweep
-from outliers import save_with_outliers
+from outliers import write_outliers
 
 DECODERS = [name for name, family in FAMILIES.items() if family.is_decoder and family.text]
 UNBALANCED = {
@@ -140,7 +140,7 @@ def errors(model, rows):
 @pytest.mark.parametrize("alpha", [0.5, "search"])
 def test_a_model_with_outlier_channels(alpha, family, tmp_path):
     source, rows = family("llama"), random_rows(8, 32)
-    folder = save_with_outliers(source, tmp_path / "outliers", every=16)
+    folder = write_outliers(source, tmp_path / "outliers", "norms", every=16)
     plain = open_model(folder, tmp_path / "plain")
     assert_near(outputs(plain), outputs(open_model(source, tmp_path / "source")), factor=5)
     model, (result,) = swept(
@@ -156,7 +156,7 @@ def test_a_model_with_outlier_channels(alpha, family, tmp_path):
 
 def test_the_search_is_no_worse_than_a_fixed_alpha_or_none(family, tmp_path):
     rows = random_rows(8, 32)
-    folder = save_with_outliers(family("llama"), tmp_path / "outliers", every=16)
+    folder = write_outliers(family("llama"), tmp_path / "outliers", "norms", every=16)
     found = {}
     for alpha in ("search", 0.5, 0.0):
         passes = [Smooth(SmoothParams(alpha=alpha, activations="tensor"))]
