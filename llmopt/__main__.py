@@ -21,6 +21,14 @@ _received: list[int] = []
 """Signals so far. A library may swallow the exception that a signal raises; this list tells us all the same."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C was pressed.
+
+    A class of its own: the interpreter notes a plain `KeyboardInterrupt` that passes through code made from a string
+    (`exec`, as in dataclasses), and under `-m` ends itself by the signal afterwards, whatever status we return.
+    """
+
+
 class Terminated(BaseException):
     """SIGTERM arrived: unwind the stack, so that whatever is half done is tidied up."""
 
@@ -64,7 +72,7 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     _interrupted.append(now)
     _received.append(number)
     if not echo:
-        raise KeyboardInterrupt
+        raise Interrupted
 
 
 def _run(arguments: list[str]) -> int:

@@ -79,3 +79,25 @@ def test_ctrl_c_twice(shell):
     assert process.returncode == 130
     assert err.splitlines()[-1] == "interrupted"
     assert tree(shell.folder) == {}
+
+
+IN_A_STRING = """
+import sys
+import llmopt.__main__ as entry
+import llmopt.core.errors
+
+def run(arguments):
+    exec("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(10)")
+
+entry._run = run
+sys.exit(entry.main([]))
+"""
+
+
+def test_ctrl_c_while_a_library_makes_code_from_a_string(shell):
+    """As dataclasses do at import. The interpreter must not end itself by the signal there: the status is ours."""
+    (shell.folder / "entered.py").write_text(IN_A_STRING, encoding="utf-8")
+    command = [sys.executable, "-m", "entered"]  # only with `-m` does the interpreter do so
+    ended = subprocess.run(command, cwd=shell.folder, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stderr == "interrupted\n"
