@@ -72,6 +72,8 @@ class Onnx(Exporter[OnnxParams]):
         """
         import onnx_ir as ir
 
+        from ..graphs.attention import spell_out
+
         cache = self.params.cache and model.facts.is_causal_lm
         result = ExportResult()
         with context.reporter.step("tracing to ONNX", 3) as step:
@@ -79,6 +81,7 @@ class Onnx(Exporter[OnnxParams]):
             step.advance(detail="traced")
             if self.params.fuse:
                 _fuse(graph_model)
+            spell_out(graph_model)
             share_transposed(graph_model)
             result.notes += carry_codes(graph_model, model, activations=self.params.activations)
             step.advance(detail="optimized")

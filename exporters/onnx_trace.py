@@ -81,9 +81,11 @@ def _export(model: Any, inputs: dict[str, Any], shapes: dict[str, Any], opset: i
         from transformers.exporters.configs import OnnxConfig
         from transformers.exporters.exporter_onnx import OnnxExporter
 
+        from .onnx_attention import attention_as_one_node
+
         config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), attention_as_one_node(model):
                 program, _ = OnnxExporter().export_program(model, inputs, config)
         # The tracer raises what any line of a model's forward can raise.
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError) as error:
