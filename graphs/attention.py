@@ -152,7 +152,7 @@ def spell_out(model: ir.Model) -> int:
         ]
         shape = builder.op("Concat", *lengths, axis=0)
         replace(node.outputs[0], builder.op("Expand", _seen(builder, mask), shape, dtype=ir.DataType.BOOL))
-        node.graph.remove(node, safe=True)
+        builder.graph.remove(node, safe=True)
     model.opset_imports.pop(DOMAIN, None)
     for graph in model.graphs():
         graph.opset_imports.pop(DOMAIN, None)
@@ -168,7 +168,7 @@ def _spell_out(attention: Attention, biases: dict[Any, ir.Value]) -> None:
     heads, key_heads = attention.heads, attention.key_heads
     grouped = heads != key_heads
     factor = builder.constant(attention.scale, dtype.numpy())
-    query = builder.op("Mul", query, factor, shape=query.shape)
+    query = builder.op("Mul", query, factor)
     if grouped:
         # (batch, key heads, group, tokens, head size), so that keys and values are not repeated.
         assert heads is not None
