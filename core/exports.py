@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 from .activations import ActivationGrid, ActivationNumber, QuantizedCache, QuantizedInput
 from .errors import UsageError
 from .facts import ModelFacts
+from .graph import Engine
 from .model import ModelHandle
 from .params import Params
 from .progress import Reporter, Silent
@@ -17,6 +18,7 @@ from .quantized import Grid
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    import onnx_ir as ir
     from torch import Tensor
 
     from .quantized import QuantizedWeight
@@ -151,3 +153,40 @@ class Exporter(Generic[P]):
             None when nothing in the artifact is quantized.
         """
         raise NotImplementedError
+
+
+class GraphExporter(Exporter[P]):
+    """A format that holds an ONNX graph. Between its steps the passes run that work on graphs."""
+
+    engine: ClassVar[Engine]
+
+    def default_passes(self) -> tuple[str, ...]:
+        """Return the graph passes to run where the recipe names none."""
+        return ()
+
+    def trace(self, model: ExportableModel) -> ir.Model:
+        """Return the model's graph in floating point, its attention as `llmopt.Attention` nodes.
+
+        Raises:
+            LlmoptError: the model cannot be traced.
+        """
+        raise NotImplementedError
+
+    def carry_codes(self, graph: ir.Model, model: ExportableModel) -> list[str]:
+        """Put the quantized layers' codes into the graph and return notes for the user.
+
+        Raises:
+            LlmoptError: a quantized layer is not found in the graph.
+        """
+        raise NotImplementedError
+
+    def save(self, graph: ir.Model, model: ExportableModel, directory: Path) -> list[str]:
+        """Write the finished graph and the model's side files; return notes for the user."""
+        raise NotImplementedError
+
+    def export(self, model: ExportableModel, directory: Path, context: ExportContext) -> ExportResult:
+        """Write the model as it is traced, without any pass."""
+        del context
+        graph = self.trace(model)
+        notes = self.carry_codes(graph, model)
+        return ExportResult(notes + self.save(graph, model, directory))

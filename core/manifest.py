@@ -39,6 +39,7 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
         max_difference: largest absolute difference of an output value.
         mean_kl: mean Kullback-Leibler divergence, nats a position; None where outputs are no logits.
         top1_agreement: share of positions with the same largest logit.
+        mean_cosine_distance: mean of 1 - cosine of two output vectors.
         tolerance: the limits that were applied, by name of the figure.
         passed: whether all figures are within their limits.
     """
@@ -50,18 +51,20 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
     max_difference: float
     mean_kl: float | None
     top1_agreement: float | None
+    mean_cosine_distance: float | None = None
     tolerance: dict[str, float]
     passed: bool
 
 
 class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """An export and its verification."""
+    """An export, the passes on its graph, and its verification."""
 
     name: str
     directory: str
     params: dict[str, Any]
     notes: list[str]
     verification: Parity | None
+    passes: list[PassRecord] = []
     files: dict[str, FileRecord]
 
 

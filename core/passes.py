@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from .activations import ActivationGrid, ActivationNumber
 from .facts import ModelFacts
+from .graph import GraphModel
 from .model import Block, Linear, ModelHandle
 from .params import Params
 from .patterns import matches
@@ -164,6 +165,25 @@ class BlockPass(Pass[P]):
     def run_block(self, block: Block, linears: Iterable[Linear], context: PassContext) -> PassResult:
         """Work on `linears` of `block` (those that `ignored()` does not name)."""
         raise NotImplementedError
+
+
+class GraphPass(Pass[P]):
+    """A pass on the model's ONNX graph: it runs for each export that is a graph, after all others.
+
+    Attributes:
+        rounds: whether it rounds weights. Codes that earlier passes gave them are put into the graph before that.
+    """
+
+    accepts: ClassVar[Literal["torch", "onnx"]] = "onnx"
+    rounds: ClassVar[bool] = False
+
+    def run(self, model: GraphModel, context: PassContext) -> PassResult:
+        """Change the graph in place and return what was done."""
+        raise NotImplementedError
+
+    def drop(self) -> float | None:
+        """Return how much of the outputs may be lost, as mean 1 - cosine; None when they stay as they were."""
+        return None
 
 
 class SurveyPass(BlockPass[P]):

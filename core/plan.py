@@ -14,7 +14,7 @@ class PlanStep(msgspec.Struct, frozen=True, kw_only=True):
     """A line of the plan.
 
     Attributes:
-        kind: "pass", "sweep" (several block passes together), "export" or "verify".
+        kind: "pass", "sweep" (several block passes together), "graph" (a pass on the graph), "export" or "verify".
         title: the pass or export, or the passes of a sweep joined by " + ".
         detail: its parameters and what it covers, in words.
     """

@@ -22,14 +22,16 @@ class Tolerance:
         max_difference: largest absolute difference of an output, as a share of the largest reference value where that
             is above 1.
         mean_kl: mean Kullback-Leibler divergence, nats a position.
+        mean_cosine_distance: mean of 1 - cosine of two output vectors.
     """
 
     max_difference: float | None = None
     mean_kl: float | None = None
+    mean_cosine_distance: float | None = None
 
     def to_dict(self) -> dict[str, float]:
         """Render the limits that are set."""
-        named = {"max_difference": self.max_difference, "mean_kl": self.mean_kl}
+        named = {name: getattr(self, name) for name in ("max_difference", "mean_kl", "mean_cosine_distance")}
         return {name: value for name, value in named.items() if value is not None}
 
 
@@ -44,6 +46,8 @@ class Comparison:
         self._kl = 0.0
         self._agree = 0
         self._logits = 0
+        self._cosine = 0.0
+        self._vectors = 0
 
     def add(self, reference: Mapping[str, Array], other: Mapping[str, Array]) -> None:
         """Compare one batch.
@@ -70,6 +74,9 @@ class Comparison:
         self.finite &= bool(np.isfinite(got).all())
         self.largest = max(self.largest, float(np.abs(expected - got).max(initial=0)))
         self.scale = max(self.scale, float(np.abs(expected).max(initial=0)))
+        distances = cosine_distance(expected, got)
+        self._cosine += float(distances.sum())
+        self._vectors += distances.size
 
     def _add_logits(self, expected: Array, got: Array) -> None:
         expected, got = expected.reshape(-1, expected.shape[-1]), got.reshape(-1, got.shape[-1])
@@ -86,6 +93,9 @@ class Comparison:
             passed &= self.largest <= tolerance.max_difference * self.scale
         if tolerance.mean_kl is not None and kl is not None:
             passed &= kl <= tolerance.mean_kl
+        cosine = self._cosine / self._vectors if self._vectors else None
+        if tolerance.mean_cosine_distance is not None and cosine is not None:
+            passed &= cosine <= tolerance.mean_cosine_distance
         return Parity(
             runtime=runtime,
             samples=samples,
@@ -94,9 +104,24 @@ class Comparison:
             max_difference=self.largest,
             mean_kl=kl,
             top1_agreement=self._agree / self._logits if self._logits else None,
+            mean_cosine_distance=cosine,
             tolerance=tolerance.to_dict(),
             passed=passed,
         )
+
+
+def cosine_distance(reference: Array, other: Array) -> Array:
+    """Return 1 - cosine of vectors along the last axis; 0 where both are zero, which is how padding is compared."""
+    import numpy as np
+
+    if reference.ndim == 0:
+        return np.zeros(0)
+    first, second = reference.astype(np.float64), other.astype(np.float64)
+    norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
+    products = (first * second).sum(-1)
+    return np.where(
+        (norms == 0) & (first == second).all(-1), 0.0, 1 - products / np.where(norms == 0, np.inf, norms)
+    ).ravel()
 
 
 def log_softmax(logits: Array) -> Array:

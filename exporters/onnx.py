@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from msgspec import Meta
 
-from ..core.exports import ExportableModel, ExportContext, Exporter, ExportResult
+from ..core.exports import ExportableModel, GraphExporter
 from ..core.params import Params
 from .onnx_codes import Activations, carry_codes, check_layout
 from .onnx_readback import codes_equal
-from .onnx_trace import captured, trace
+from .onnx_trace import trace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ..core.facts import ModelFacts
+    from ..core.graph import Engine
     from ..core.quantized import Grid
 
 GRAPH = "model.onnx"
@@ -40,7 +41,10 @@ class OnnxParams(Params, frozen=True):
     ] = True
     fuse: Annotated[
         bool,
-        Meta(description="Use ONNX Runtime's fused operators; otherwise a float model has standard operators only."),
+        Meta(
+            description="Use ONNX Runtime's fused operators; otherwise a float model has standard operators only. "
+            "Where a recipe has passes on the graph, those alone decide."
+        ),
     ] = True
     activations: Annotated[
         Activations,
@@ -49,11 +53,12 @@ class OnnxParams(Params, frozen=True):
     opset: Annotated[int, Meta(ge=18, description="Version of the ONNX operators.")] | None = None
 
 
-class Onnx(Exporter[OnnxParams]):
+class Onnx(GraphExporter[OnnxParams]):
     """Trace the model's forward pass, put the quantized layers' codes into it, and save it for ONNX Runtime."""
 
     name: ClassVar[str] = "onnx"
     runtime: ClassVar[str] = "onnxruntime"
+    engine: ClassVar[Engine] = "onnxruntime"
     Params: ClassVar[type[Params]] = OnnxParams
 
     def check(self, facts: ModelFacts, grid: Grid | None) -> None:
@@ -64,33 +69,26 @@ class Onnx(Exporter[OnnxParams]):
         """
         check_layout(facts, grid, format_name=self.name)
 
-    def export(self, model: ExportableModel, directory: Path, context: ExportContext) -> ExportResult:
-        """Write the graph, its weights and the model's side files.
+    def default_passes(self) -> tuple[str, ...]:
+        """Return `fuse`, unless the parameters say no."""
+        return ("fuse",) if self.params.fuse else ()
 
-        Raises:
-            LlmoptError: the model cannot be traced, or a quantized layer is not found in the graph.
-        """
-        import onnx_ir as ir
-
-        from ..graphs.attention import spell_out
-
+    def trace(self, model: ExportableModel) -> ir.Model:
+        """Trace the model's forward pass, with a cache where it is a language model."""
         cache = self.params.cache and model.facts.is_causal_lm
-        result = ExportResult()
-        with context.reporter.step("tracing to ONNX", 3) as step:
-            graph_model = trace(model.materialize(), cache=cache, opset=self.params.opset)
-            step.advance(detail="traced")
-            if self.params.fuse:
-                _fuse(graph_model)
-            spell_out(graph_model)
-            share_transposed(graph_model)
-            result.notes += carry_codes(graph_model, model, activations=self.params.activations)
-            step.advance(detail="optimized")
-            name_nodes(graph_model)
-            ir.save(graph_model, directory / GRAPH, external_data=DATA)
-            step.advance(detail="saved")
+        graph = trace(model.materialize(), cache=cache, opset=self.params.opset)
+        share_transposed(graph)
+        return graph
+
+    def carry_codes(self, graph: ir.Model, model: ExportableModel) -> list[str]:
+        """Replace products with quantized weights by MatMulNBits."""
+        return carry_codes(graph, model, activations=self.params.activations)
+
+    def save(self, graph: ir.Model, model: ExportableModel, directory: Path) -> list[str]:
+        """Write the graph, its weights and the model's side files."""
+        save_graph(graph, directory)
         model.save_side_files(directory)
-        result.notes += _notes(model.facts, cache=cache)
-        return result
+        return _notes(model.facts, cache=self.params.cache and model.facts.is_causal_lm)
 
     def weights_equal(self, model: ExportableModel, directory: Path) -> bool | None:
         """Compare every code, scale and zero point of the saved graph with the model's.
@@ -103,11 +101,15 @@ class Onnx(Exporter[OnnxParams]):
         return codes_equal(ir.load(directory / GRAPH), model) if model.quantized else None
 
 
-def _fuse(model: ir.Model) -> None:
-    with captured("onnxscript"):
-        from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+def save_graph(graph: ir.Model, directory: Path) -> None:
+    """Write `model.onnx` and `model.onnx.data`, in standard operators where they are still ours."""
+    import onnx_ir as ir
 
-        fuse_for_onnxruntime(model, "cpu")
+    from ..graphs.attention import spell_out
+
+    spell_out(graph)
+    name_nodes(graph)
+    ir.save(graph, directory / GRAPH, external_data=DATA)
 
 
 def share_transposed(model: ir.Model) -> None:

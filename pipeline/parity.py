@@ -88,8 +88,18 @@ def make_reference(model: TorchModel, rows: Sequence[Sequence[int]], seed: int) 
     return Reference(inputs, outputs, samples)
 
 
-def compare(exporter: Exporter[Any], model: TorchModel, directory: Path, reference: Reference) -> Parity:
-    """Open the artifact in its runtime, read its weights back, and compare its outputs with the reference."""
+def compare(
+    exporter: Exporter[Any], model: TorchModel, directory: Path, reference: Reference, *, drop: float | None = None
+) -> Parity:
+    """Open the artifact in its runtime, read its weights back, and compare its outputs with the reference.
+
+    Args:
+        exporter: what wrote it.
+        model: the model that was exported.
+        directory: the artifact.
+        reference: the model's answers.
+        drop: how much of the outputs may be lost, as mean 1 - cosine; None when they should be the same.
+    """
     runtime = RUNTIMES.load(exporter.opened_in())()
     comparison = Comparison()
     version = runtime.version()
@@ -111,7 +121,7 @@ def compare(exporter: Exporter[Any], model: TorchModel, directory: Path, referen
         runtime=version,
         samples=reference.samples,
         weights_equal=weights_equal,
-        tolerance=tolerance_of(exporter, model),
+        tolerance=tolerance_of(exporter, model) if drop is None else Tolerance(mean_cosine_distance=drop),
     )
 
 

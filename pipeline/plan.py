@@ -9,7 +9,7 @@ import msgspec
 from ..core.errors import UsageError
 from ..core.facts import ModelFacts
 from ..core.params import in_words
-from ..core.passes import BlockPass, Need, SurveyPass
+from ..core.passes import BlockPass, GraphPass, Need, SurveyPass
 from ..core.plan import Plan, PlanStep
 from ..core.recipe import Recipe
 from ..core.target import Target
@@ -18,7 +18,7 @@ from ..models.locate import context_length, locate
 from ..models.outline import outline
 from .grids import check_exports, input_grid, packed_bytes, quantized_layers
 from .memory import estimate
-from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
+from .steps import AnyExporter, AnyPass, check_graph_passes, exporters_of, passes_of, sweeps
 
 _WIDTHS = dict(DTYPES.values())
 
@@ -36,6 +36,7 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None) -> Plan:
     """
     passes = passes_of(recipe)
     exporters = exporters_of(recipe)
+    check_graph_passes(passes, exporters)
     if recipe.calibration is not None:
         _check_calibration(recipe)
     location = locate(recipe.model)
@@ -98,7 +99,11 @@ def _steps(passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: M
     steps: list[PlanStep] = []
     allocated = any(isinstance(one, SurveyPass) for one in passes)
     for group in sweeps(passes):
-        kind = "sweep" if isinstance(group[0], BlockPass) else "pass"
+        if isinstance(group[0], GraphPass) and (not steps or steps[-1].kind != "graph"):
+            steps.append(
+                PlanStep(kind="graph", title="to ONNX", detail="the model is traced; what follows works on its graph")
+            )
+        kind = _kind(group[0])
         covers = f"{facts.blocks} blocks, {len(facts.linears)} layers: " if kind == "sweep" else ""
         title = " + ".join(one.name for one in group)
         words = "; ".join(_in_words(one, allocated=allocated) for one in group)
@@ -109,6 +114,12 @@ def _steps(passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: M
         )
         steps.append(PlanStep(kind="verify", title=exporter.name, detail=f"opened again in {exporter.opened_in()}"))
     return steps
+
+
+def _kind(one: AnyPass) -> str:
+    if isinstance(one, GraphPass):
+        return "graph"
+    return "sweep" if isinstance(one, BlockPass) else "pass"
 
 
 def _in_words(one: AnyPass, *, allocated: bool) -> str:

@@ -15,9 +15,9 @@ import msgspec
 
 from ..calibration.samples import Samples, load_samples
 from ..core.errors import UnmetError
-from ..core.exports import ExportContext
+from ..core.exports import ExportContext, GraphExporter
 from ..core.manifest import MANIFEST, ExportRecord, FileRecord, Manifest, Parity, PassRecord
-from ..core.passes import BlockPass, ModelPass, PassContext, PassResult, SurveyPass
+from ..core.passes import BlockPass, GraphPass, ModelPass, PassContext, PassResult, SurveyPass
 from ..core.plan import Limits, Plan
 from ..core.progress import Reporter
 from ..models.checkpoint import Checkpoint
@@ -26,6 +26,7 @@ from ..models.locate import Location, locate
 from ..models.text import load_tokenizer
 from .background import in_background
 from .fingerprint import FINGERPRINT, write_fingerprint
+from .lowering import export_graph, graph_passes
 from .output import Staging, file_record, file_records, inputs_of, readable, staging
 from .parity import ROWS, Reference, compare, make_reference
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
@@ -65,13 +66,16 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         source = _Source(location, checkpoint, samples, in_background(checkpoint.sha256))
         model = TorchModel.create(location, source.checkpoint, plan.facts, stage.work)
         _warn_of_unused(model, reporter)
-        passes = passes_of(plan.recipe)
+        every = passes_of(plan.recipe)
+        passes = [one for one in every if not isinstance(one, GraphPass)]
         context = PassContext(seed=plan.recipe.seed, reporter=reporter, statistics_bytes=plan.limits.statistics_bytes)
         rows = source.samples.rows if source.samples else []
         model, results = _run_passes(model, passes, rows, context, plan.limits)
         records = [_pass_record(one, result) for one, result in zip(passes, results, strict=True)]
         reference = make_reference(model, source.samples.held_out if source.samples else [], plan.recipe.seed)
-        exports = _run_exports(model, plan, reference, stage, reporter)
+        exports = _run_exports(
+            model, every, exporters_of(plan.recipe), rows=rows, reference=reference, stage=stage, context=context
+        )
         kept = _keep_answers(reference, stage.root)
         manifest = _manifest(plan, source, records, exports, kept)
         _write(manifest, stage.root)
@@ -124,17 +128,36 @@ def _run_passes(
 
 
 def _run_exports(
-    model: TorchModel, plan: Plan, reference: Reference, stage: Staging, reporter: Reporter
+    model: TorchModel,
+    passes: Sequence[AnyPass],
+    exporters: Sequence[AnyExporter],
+    *,
+    rows: Sequence[Sequence[int]],
+    reference: Reference,
+    stage: Staging,
+    context: PassContext,
 ) -> list[ExportRecord]:
-    exporters = exporters_of(plan.recipe)
+    reporter = context.reporter
     records: list[ExportRecord] = []
     for exporter in exporters:
         directory = stage.root / exporter.name if len(exporters) > 1 else stage.root
         directory.mkdir(exist_ok=True)
-        result = exporter.export(model, directory, ExportContext(reporter=reporter))
+        applied: list[GraphPass[Any]] = []
+        results: list[PassResult] = []
+        if isinstance(exporter, GraphExporter):
+            applied = graph_passes(exporter, passes)
+            result, results = export_graph(exporter, model, applied, directory, rows=rows, context=context)
+        else:
+            result = exporter.export(model, directory, ExportContext(reporter=reporter))
+        for one, made in zip(applied, results, strict=True):
+            for note in made.notes:
+                reporter.note(f"{one.name}: {note}")
         for note in result.notes:
             reporter.note(f"{exporter.name}: {note}")
-        parity = _verify(exporter, model, directory, reference, reporter)
+        drop = max((drop for one in applied if (drop := one.drop()) is not None), default=None)
+        with reporter.step(f"verifying {exporter.name} in {exporter.opened_in()}", 1) as step:
+            parity = compare(exporter, model, directory, reference, drop=drop)
+            step.advance(detail=in_words(parity))
         records.append(
             ExportRecord(
                 name=exporter.name,
@@ -142,6 +165,7 @@ def _run_exports(
                 params=msgspec.to_builtins(exporter.params),
                 notes=result.notes,
                 verification=parity,
+                passes=[_pass_record(one, made) for one, made in zip(applied, results, strict=True)],
                 files=file_records(directory),
             )
         )
@@ -155,15 +179,6 @@ def _keep_answers(reference: Reference, root: Path) -> dict[str, FileRecord]:
     return {FINGERPRINT: file_record(root / FINGERPRINT)}
 
 
-def _verify(
-    exporter: AnyExporter, model: TorchModel, directory: Path, reference: Reference, reporter: Reporter
-) -> Parity:
-    with reporter.step(f"verifying {exporter.name} in {exporter.opened_in()}", 1) as step:
-        parity = compare(exporter, model, directory, reference)
-        step.advance(detail=in_words(parity))
-    return parity
-
-
 def in_words(parity: Parity) -> str:
     """Return the figures of a comparison in a line."""
     parts = [f"max difference {parity.max_difference:.3g}"]
@@ -171,6 +186,8 @@ def in_words(parity: Parity) -> str:
         parts.append(f"mean KL {parity.mean_kl:.3g}")
     if parity.top1_agreement is not None:
         parts.append(f"top-1 agreement {parity.top1_agreement:.2%}")
+    if "mean_cosine_distance" in parity.tolerance and parity.mean_cosine_distance is not None:
+        parts.append(f"mean cosine distance {parity.mean_cosine_distance:.3g}")
     if parity.weights_equal is not None:
         parts.append("weights equal bit for bit" if parity.weights_equal else "weights NOT equal")
     return ", ".join(parts)
@@ -180,8 +197,10 @@ def judged(record: ExportRecord) -> str:
     """Return the figures of an export, and what is allowed, in a line."""
     parity = record.verification
     assert parity is not None
-    limits = {"max_difference": "max difference", "mean_kl": "mean KL"}
-    allowed = ", ".join(f"{limits.get(name, name)} {limit:g}" for name, limit in parity.tolerance.items())
+    limits = {"mean_kl": "mean KL"}
+    allowed = ", ".join(
+        f"{limits.get(name, name.replace('_', ' '))} {limit:g}" for name, limit in parity.tolerance.items()
+    )
     return f"{record.name} in {parity.runtime}: {in_words(parity)}; allowed {allowed}"
 
 

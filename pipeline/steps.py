@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..core.errors import UsageError
-from ..core.exports import Exporter
+from ..core.exports import Exporter, GraphExporter
 from ..core.params import Params, convert
-from ..core.passes import BlockPass, Need, Pass, SurveyPass
+from ..core.passes import BlockPass, GraphPass, Need, Pass, SurveyPass
 from ..core.recipe import Recipe, Step
 from ..exporters import EXPORTERS
 from ..passes import PASSES
@@ -41,6 +41,13 @@ def passes_of(recipe: Recipe) -> list[AnyPass]:
             raise UsageError(
                 f"`{step.name}` cannot come after `{fitted.name}`",
                 where=f"{where}: it changes weights, and `{fitted.name}` has found grids or scales for what they were",
+                hint=f"put `{step.name}` first",
+            )
+        graph = next((earlier for earlier in passes if isinstance(earlier, GraphPass)), None)
+        if graph is not None and not issubclass(made, GraphPass):
+            raise UsageError(
+                f"`{step.name}` cannot come after `{graph.name}`",
+                where=f"{where}: it works on the model's weights, `{graph.name}` on the graph that is traced from them",
                 hint=f"put `{step.name}` first",
             )
         built = made(_params(step, made.Params, where))
@@ -79,6 +86,23 @@ def exporters_of(recipe: Recipe) -> list[AnyExporter]:
             raise UsageError(f"`{step.name}` is exported twice", where=where, hint="one folder holds one of each")
         exporters.append(made(_params(step, made.Params, where)))
     return exporters
+
+
+def check_graph_passes(passes: Sequence[AnyPass], exporters: Sequence[AnyExporter]) -> None:
+    """Refuse passes on a graph where no export is one.
+
+    Raises:
+        UsageError: it names the exports that are.
+    """
+    graph = next((one for one in passes if isinstance(one, GraphPass)), None)
+    if graph is None or any(isinstance(exporter, GraphExporter) for exporter in exporters):
+        return
+    known = [name for name in EXPORTERS if issubclass(EXPORTERS.load(name), GraphExporter)]
+    raise UsageError(
+        f"`{graph.name}` works on a graph",
+        where=f"exports: {', '.join(exporter.name for exporter in exporters)}",
+        hint=f"add {' or '.join(f'`{name}`' for name in known)} to the exports",
+    )
 
 
 def sweeps(passes: Sequence[AnyPass]) -> list[list[AnyPass]]:

@@ -1,0 +1,87 @@
+"""`remove-padding`: an encoder computes its tokens, not the rectangle they are padded to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from msgspec import Meta
+
+from ..core.errors import UsageError
+from ..core.params import Params
+from ..core.passes import GraphPass, PassResult, Skip
+
+if TYPE_CHECKING:
+    from ..core.facts import ModelFacts
+    from ..core.graph import GraphModel
+    from ..core.passes import PassContext
+    from ..core.target import Target
+
+
+class RemovePaddingParams(Params, frozen=True):
+    """How attention divides a batch."""
+
+    groups: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=16,
+            description="Attention pads texts to the longest of their group: into how many groups of similar length a "
+            "batch is divided.",
+        ),
+    ] = 4
+
+
+class RemovePadding(GraphPass[RemovePaddingParams]):
+    """Compute everything but attention on the real tokens of a batch, in standard operators.
+
+    Inputs and outputs keep their names and shapes; outputs at padded places are zero. Padding may be on either side, or
+    anywhere.
+    """
+
+    name: ClassVar[str] = "remove-padding"
+    not_after: ClassVar[frozenset[str]] = frozenset({"remove-padding", "fuse"})
+    Params: ClassVar[type[Params]] = RemovePaddingParams
+
+    def check(self, facts: ModelFacts, target: Target) -> None:
+        """Refuse models that generate from a prompt alone: their attention is causal.
+
+        Raises:
+            UsageError: it is one.
+        """
+        del target
+        if facts.is_causal_lm:
+            raise UsageError(
+                f"`{self.name}` is for encoders",
+                where=f"{facts.architecture} reads its tokens from left to right",
+                hint="leave the pass out",
+            )
+
+    def run(self, model: GraphModel, context: PassContext) -> PassResult:
+        """Rewrite the graph.
+
+        Raises:
+            UsageError: the graph has no mask of tokens, or no attention that could be packed.
+        """
+        from ..graphs.padding import remove_padding
+
+        inputs = [str(value.name) for value in model.graph.graph.inputs]
+        if "attention_mask" not in inputs:
+            raise UsageError(
+                f"`{self.name}` needs a mask of tokens",
+                where=f"the graph's inputs are {', '.join(inputs)}",
+                hint="leave the pass out: nothing here is padded",
+            )
+        report = remove_padding(model.graph, groups=self.params.groups)
+        if not report.attentions:
+            reasons = "; ".join(sorted({reason for _, reason in report.left})) or "no attention was recognized"
+            raise UsageError(
+                f"`{self.name}` finds nothing to do in {model.facts.architecture}",
+                where=reasons,
+                hint="leave the pass out",
+            )
+        del context
+        return PassResult(
+            changed=[f"{report.attentions} attentions"],
+            skipped=[Skip(name, reason) for name, reason in report.left],
+            metrics={"attentions_count": report.attentions, "padded_again_count": len(report.padded)},
+        )

@@ -1,0 +1,91 @@
+"""From torch to a graph: tracing the model, running the passes that work on graphs, writing the export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from ..core.exports import ExportResult, GraphExporter
+from ..core.graph import GraphModel
+from ..core.passes import GraphPass, PassContext, PassResult
+from ..graphs.nodes import size
+from ..models.handle import TorchModel
+from ..models.text import batches
+from ..passes import PASSES
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+AnyGraphPass = GraphPass[Any]
+Array = np.ndarray[Any, Any]
+
+
+def graph_passes(exporter: GraphExporter[Any], passes: Sequence[Any]) -> list[AnyGraphPass]:
+    """Return the passes that run on an exporter's graph: the recipe's, or the exporter's own where it names none."""
+    named = [cast("AnyGraphPass", one) for one in passes if isinstance(one, GraphPass)]
+    if named:
+        return named
+    made = [PASSES.load(name) for name in exporter.default_passes()]
+    return cast("list[AnyGraphPass]", [kind(kind.Params()) for kind in made])
+
+
+def export_graph(
+    exporter: GraphExporter[Any],
+    model: TorchModel,
+    passes: Sequence[AnyGraphPass],
+    directory: Path,
+    *,
+    rows: Sequence[Sequence[int]],
+    context: PassContext,
+) -> tuple[ExportResult, list[PassResult]]:
+    """Trace, run the passes, and write.
+
+    Args:
+        exporter: the format.
+        model: the model as the torch passes left it.
+        passes: those that work on the graph.
+        directory: where to write.
+        rows: token ids of the calibration samples.
+        context: for the passes.
+    """
+    results: list[PassResult] = []
+    with context.reporter.step("tracing to ONNX", 1 + len(passes) + 1) as step:
+        graph = exporter.trace(model)
+        step.advance(detail="traced")
+        feeds = _feeds(graph, rows, decoder=model.facts.is_encoder_decoder)
+        state = GraphModel(graph=graph, facts=model.facts, engine=exporter.engine, feeds=feeds)
+        notes: list[str] | None = None
+        for one in passes:
+            if one.rounds and notes is None:
+                notes = exporter.carry_codes(state.graph, model)
+            results.append(one.run(state, context))
+            step.advance(detail=one.name)
+        if notes is None:
+            notes = exporter.carry_codes(state.graph, model)
+        notes += exporter.save(state.graph, model, directory)
+        step.advance(detail="saved")
+    return ExportResult(notes), results
+
+
+def _feeds(graph: ir.Model, rows: Sequence[Sequence[int]], *, decoder: bool) -> list[Mapping[str, Array]]:
+    """Return calibration batches with everything that the graph asks for; texts of a batch are equally long."""
+    names = {str(value.name): value for value in graph.graph.inputs}
+    feeds: list[Mapping[str, Array]] = []
+    for batch in batches(rows, decoder=decoder):
+        feed: dict[str, Array] = {name: tensor.numpy() for name, tensor in batch.items() if name in names}
+        ids = feed["input_ids"]
+        made: dict[str, Array] = {
+            "attention_mask": np.ones_like(ids),
+            "token_type_ids": np.zeros_like(ids),
+            "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
+        }
+        feed |= {name: value for name, value in made.items() if name in names}
+        for name, value in names.items():
+            if name.startswith("past_key_values.") and value.dtype is not None:
+                heads, width = size(value, 1) or 0, size(value, 3) or 0
+                feed[name] = np.zeros((len(ids), heads, 0, width), value.dtype.numpy())
+        feeds.append(feed)
+    return feeds
