@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..core.errors import LlmoptError, UsageError
+from ..graphs.products import Product, products
 from .onnx_nbits import (
     Blocks,
     block_size,
@@ -20,7 +21,6 @@ from .onnx_nbits import (
     pack_zero_points,
     to_blocks,
 )
-from .onnx_products import Product, products
 from .row_index import Origin, RowIndex
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..core.quantized import QuantizedWeight
+from ..graphs.products import constant
 from .onnx_nbits import Blocks, to_blocks, unpack_codes, unpack_zero_points
-from .onnx_products import constant
 from .row_index import Origin, RowIndex
 
 if TYPE_CHECKING:

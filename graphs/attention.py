@@ -167,8 +167,8 @@ def _spell_out(attention: Attention, biases: dict[Any, ir.Value]) -> None:
     query, key, value = attention.query, attention.key, attention.value
     heads, key_heads = attention.heads, attention.key_heads
     grouped = heads != key_heads
-    factor = builder.constant(attention.scale, dtype.numpy())
-    query = builder.op("Mul", query, factor)
+    if attention.scale != 1:
+        query = builder.op("Mul", query, builder.constant(attention.scale, dtype.numpy()))
     if grouped:
         # (batch, key heads, group, tokens, head size), so that keys and values are not repeated.
         assert heads is not None

@@ -264,6 +264,9 @@ class _Packing:
             del self.chosen[attention.node]
             return False
         rows = [self._rows(part) for part in parts if part is not None]
+        # Once for all groups.
+        scale = self.builder.constant(attention.scale, rows[0][0].dtype.numpy())
+        rows[0] = (self.builder.op("Mul", rows[0][0], scale), rows[0][1])
         if Mask.of(attention.mask) is None:
             out = self._attend_padded(attention, rows)
         else:
@@ -315,7 +318,7 @@ class _Packing:
         return builder.op("Transpose", apart, perm=[0, 2, 1, 3], shape=["texts", heads, "longest", width])
 
     def _attention(self, attention: Attention, parts: Sequence[ir.Value], mask: ir.Value | None) -> ir.Value:
-        settings = {"scale": attention.scale, "softcap": attention.softcap, "causal": 0}
+        settings = {"scale": 1.0, "softcap": attention.softcap, "causal": 0}
         return self.builder.op(ATTENTION, *parts, mask, domain=DOMAIN, dtype=attention.query.dtype, **settings)
 
     # Between the two forms

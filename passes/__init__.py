@@ -21,6 +21,7 @@ PASSES: Registry[Pass[Any]] = Registry(
         "hqq": "hqq:Hqq",
         "quantize-activations": "quantize_activations:QuantizeActivations",
         "quantize-kv": "quantize_kv:QuantizeKv",
+        "quantize-static": "quantize_static:QuantizeStatic",
         "remove-padding": "remove_padding:RemovePadding",
         "rotate": "rotate:Rotate",
         "rtn": "rtn:Rtn",

@@ -28,7 +28,7 @@ class RemovePaddingParams(Params, frozen=True):
             description="Attention pads texts to the longest of their group: into how many groups of similar length a "
             "batch is divided.",
         ),
-    ] = 4
+    ] = 8
 
 
 class RemovePadding(GraphPass[RemovePaddingParams]):

@@ -76,11 +76,11 @@ def _feeds(graph: ir.Model, rows: Sequence[Sequence[int]], *, decoder: bool) -> 
     feeds: list[Mapping[str, Array]] = []
     for batch in batches(rows, decoder=decoder):
         feed: dict[str, Array] = {name: tensor.numpy() for name, tensor in batch.items() if name in names}
-        ids = feed["input_ids"]
+        ids = cast("Array", feed["input_ids"])
         made: dict[str, Array] = {
             "attention_mask": np.ones_like(ids),
             "token_type_ids": np.zeros_like(ids),
-            "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
+            "position_ids": np.zeros_like(ids) + np.arange(ids.shape[1]),
         }
         feed |= {name: value for name, value in made.items() if name in names}
         for name, value in names.items():

@@ -1,0 +1,212 @@
+"""8-bit products in standard operators, in the one form that engines compute with integers.
+
+    QuantizeLinear(x) -> DequantizeLinear -> Gemm(., DequantizeLinear(weight), DequantizeLinear(bias int32))
+
+Inputs are unsigned with one fixed range, so that a text's result does not depend on its neighbours in the batch;
+weights are signed with a scale for each output. ONNX Runtime turns this into QGemm, OpenVINO into an inner product of
+integers. With a bias in floating point, or a MatMul, ONNX Runtime would multiply in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from .nodes import Builder, constant, initializer, replace, size
+from .products import Product, products
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    Array = np.ndarray[Any, Any]
+
+_LEVELS, _WEIGHT_LEVEL = 255, 127
+_PASSING = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Transpose", "Gather", "Identity", "Mul", "Cast"})
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Where the values of an input lie; 0 lies in between."""
+
+    low: float
+    high: float
+
+    @property
+    def scale(self) -> np.float32:
+        """Distance of two levels."""
+        return np.float32((self.high - self.low) / _LEVELS) or np.float32(1)
+
+    @property
+    def zero_point(self) -> np.uint8:
+        """The level of 0."""
+        return np.uint8(np.clip(round(-self.low / float(self.scale)), 0, _LEVELS))
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Product:
+    """A product that may be computed in 8 bits.
+
+    Attributes:
+        product: the node and its matrix.
+        name: of the weight.
+        output: the product, or the product with its bias added.
+        bias: (out,) float32, None when there is none.
+    """
+
+    product: Product
+    name: str
+    output: ir.Value
+    bias: Array | None
+
+    @property
+    def input(self) -> ir.Value:
+        """What is multiplied."""
+        value = self.product.node.inputs[0]
+        assert value is not None
+        return value
+
+    def error(self, rows: Array, span: Range) -> float:
+        """Return the squared error of the product in 8 bits over its square, on some (rows, in) inputs."""
+        matrix = self.product.matrix()
+        codes, scale = quantized_weight(matrix)
+        levels = np.clip(np.rint(rows / span.scale) + span.zero_point, 0, _LEVELS)
+        rounded = (levels - span.zero_point).astype(np.float32) * span.scale
+        exact = rows @ matrix.T
+        difference = rounded @ (codes * scale[:, None]).T - exact
+        return float(np.square(difference).sum() / max(float(np.square(exact).sum()), 1e-30))
+
+
+def candidates(model: ir.Model) -> tuple[list[Int8Product], list[tuple[str, str]]]:
+    """Return the products of the outermost graph with a float32 matrix, and (name, reason) of those to leave alone."""
+    found: list[Int8Product] = []
+    left: list[tuple[str, str]] = []
+    for product in products(model):
+        node = product.node
+        if product.dtype != "FLOAT" or node.graph is not model.graph:
+            continue
+        output, bias = node.outputs[0], None
+        if product.bias is not None:
+            bias = constant(product.bias)
+        elif (added := _added(output)) is not None:
+            output, bias = added
+        name = _name(product, bias is not None)
+        if product.bias is not None and bias is None:
+            left.append((name, "its bias is no constant"))
+        elif _becomes_output(output):
+            left.append((name, "it makes an output of the model"))
+        elif size(node.inputs[0], -1) is None:
+            left.append((name, "the width of its input is not known"))
+        else:
+            found.append(Int8Product(product, name, output, bias))
+    return found, left
+
+
+def quantize_products(model: ir.Model, chosen: Sequence[Int8Product], ranges: Mapping[ir.Value, Range]) -> None:
+    """Compute products in 8 bits, in place.
+
+    Args:
+        model: the graph.
+        chosen: the products.
+        ranges: where the values of their inputs lie.
+    """
+    inputs: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+    matrices: dict[tuple[int, int], tuple[ir.Value, Array]] = {}
+    for one in chosen:
+        builder, source = Builder(one.product.node), one.input
+        span = ranges[source]
+        if source not in inputs:
+            inputs[source] = _rounded(builder, source, span)
+        if one.product.key not in matrices:
+            matrices[one.product.key] = _weight(builder, one)
+        rows, leading = inputs[source]
+        weight, scale = matrices[one.product.key]
+        result = builder.op("Gemm", rows, weight, *_bias(builder, one, span.scale * scale), dtype=ir.DataType.FLOAT)
+        rank = len(source.shape or ())
+        if rank != 2:
+            shape = builder.op("Concat", leading, builder.constant([len(scale)]), axis=0)
+            result = builder.op("Reshape", result, shape)
+        replace(one.output, result)
+    RemoveUnusedNodesPass()(model)
+    model.graph.sort()
+
+
+def quantized_weight(matrix: Array) -> tuple[Array, Array]:
+    """Return codes, (out, in) int8, and scales, (out,) float32: the largest weight of a row is 127."""
+    scale = np.abs(matrix).max(axis=1).astype(np.float32) / np.float32(_WEIGHT_LEVEL)
+    scale = np.where(scale == 0, np.float32(1), scale)
+    return np.clip(np.rint(matrix / scale[:, None]), -_WEIGHT_LEVEL, _WEIGHT_LEVEL).astype(np.int8), scale
+
+
+def _rounded(builder: Builder, source: ir.Value, span: Range) -> tuple[ir.Value, ir.Value]:
+    """Return the input as rows on its levels, and the sizes of the axes that became rows."""
+    rank, rows = len(source.shape or ()), source
+    leading = builder.op("Shape", source, start=0, end=max(rank - 1, 0), dtype=ir.DataType.INT64)
+    if rank != 2:
+        rows = builder.op("Reshape", source, builder.constant([-1, size(source, -1)]))
+    scale = builder.constant(span.scale, np.float32)
+    zero = builder.constant(span.zero_point, np.uint8)
+    codes = builder.op("QuantizeLinear", rows, scale, zero, dtype=ir.DataType.UINT8)
+    return builder.op("DequantizeLinear", codes, scale, zero, dtype=ir.DataType.FLOAT), leading
+
+
+def _weight(builder: Builder, one: Int8Product) -> tuple[ir.Value, Array]:
+    codes, scale = quantized_weight(one.product.matrix())
+    stored = initializer(builder.graph, f"{one.name}.codes", np.ascontiguousarray(codes.T))
+    scales = initializer(builder.graph, f"{one.name}.scales", scale)
+    zeros = initializer(builder.graph, f"{one.name}.zero_points", np.zeros(len(scale), np.int8))
+    return builder.op("DequantizeLinear", stored, scales, zeros, axis=1, dtype=ir.DataType.FLOAT), scale
+
+
+def _bias(builder: Builder, one: Int8Product, scale: Array) -> list[ir.Value]:
+    """Return the bias as int32 multiples of what one step of the product is worth."""
+    if one.bias is None:
+        return []
+    codes = np.clip(np.rint(one.bias.reshape(-1) / scale.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32)
+    stored = initializer(builder.graph, f"{one.name}.bias_codes", codes)
+    scales = initializer(builder.graph, f"{one.name}.bias_scales", scale.astype(np.float32))
+    zeros = initializer(builder.graph, f"{one.name}.bias_zero_points", np.zeros(len(codes), np.int32))
+    return [builder.op("DequantizeLinear", stored, scales, zeros, axis=0, dtype=ir.DataType.FLOAT)]
+
+
+def _added(output: ir.Value) -> tuple[ir.Value, Array] | None:
+    """Return the sum and the constant that is added to a product, where it is a bias."""
+    users = list(output.uses())
+    if len(users) != 1 or users[0][0].op_type != "Add" or output.is_graph_output():
+        return None
+    node, place = users[0]
+    bias = constant(node.inputs[1 - place])
+    if bias is None or bias.size != size(output, -1) or bias.shape[-1:] != (bias.size,):
+        return None
+    return node.outputs[0], bias
+
+
+def _becomes_output(value: ir.Value) -> bool:
+    """Return whether a value is an output of the graph, but for its shape and padding."""
+    if value.is_graph_output():
+        return True
+    users = [user for user, place in value.uses() if user.op_type in _PASSING and (place == 0 or user.op_type == "Mul")]
+    return any(_becomes_output(user.outputs[0]) for user in users)
+
+
+def _name(product: Product, biased: bool) -> str:
+    """Return the name of the weight, or of its bias where the weight's own is lost in tracing."""
+    node = product.node
+    added = next((user for user, _ in node.outputs[0].uses() if user.op_type == "Add"), None)
+    values = [node.inputs[1], product.bias, *(added.inputs if added is not None and biased else ())]
+    names = [value.name for value in values if value is not None and value.is_initializer() and value.name]
+    best = next((name for name in names if "." in name), names[0] if names else node.name or "product")
+    return best.removesuffix(".weight").removesuffix(".bias")
+
+
+def trial(model: ir.Model, chosen: Sequence[Int8Product], ranges: Mapping[ir.Value, Range]) -> ir.Model:
+    """Return a copy of the graph with products in 8 bits; weights that stay are shared with the graph."""
+    copy = model.clone()
+    names = {one.product.node.outputs[0].name for one in chosen}
+    spans = {value.name: span for value, span in ranges.items()}
+    found = [one for one in candidates(copy)[0] if one.product.node.outputs[0].name in names]
+    quantize_products(copy, found, {one.input: spans[one.input.name] for one in found})
+    return copy
