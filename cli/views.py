@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from .numbers import count, labelled, number, plain, share, size
 from .parameters import value_text
 from .render import Lines, Pairs, Section, Table
@@ -20,6 +22,7 @@ _HEADINGS = {"source": "Against its source", "ratio_of_first_to_second": "Ratio,
 _LOAD = {
     "safetensors": 'transformers.AutoModel.from_pretrained("{path}")',
     "onnx": 'onnxruntime.InferenceSession("{path}/model.onnx")',
+    "openvino": 'openvino.compile_model("{path}/openvino_model.xml")',
     "onnx-genai": 'onnxruntime_genai.Model("{path}")',
 }
 _PACKED = {"gptq", "gptq_v2", "awq"}
@@ -55,10 +58,15 @@ def plan_sections(plan: Plan) -> list[Section]:
 def manifest_sections(manifest: Manifest, directory: Path, *, source_bytes: int) -> list[Section]:
     """Show what was made, how far it is the model, and where it lies."""
     sections: list[Section] = []
-    if manifest.passes:
-        sections.append(_passes(manifest.passes))
+    several = len(manifest.exports) > 1
+    passes = list(manifest.passes)
+    for export in manifest.exports:
+        renamed = (replace(record, name=f"{export.name}: {record.name}") for record in export.passes)
+        passes += renamed if several else export.passes
+    if passes:
+        sections.append(_passes(passes))
     # Notes were said while the work went on.
-    left = [f"{record.name}: {line}" for record in manifest.passes for line in _skips(record.skipped)]
+    left = [f"{record.name}: {line}" for record in passes for line in _skips(record.skipped)]
     if left:
         sections.append(Lines("Left out", left))
     sections += export_sections(manifest.exports, directory, source_bytes=source_bytes)
@@ -78,8 +86,8 @@ def export_sections(
         rows.append((record.name, folder, str(len(record.files)), f"{size(written)}{of_source}"))
     sections: list[Section] = [Table("Artifacts", ("export", "folder", "files", "size"), rows, frozenset({2}))]
     checked = [_verification(record) for record in records]
-    header = ("export", "opened with", "weights", "max diff", "mean KL", "top-1", "positions")
-    sections.append(Table("Verified", header, checked, frozenset({3, 4, 5, 6})))
+    header = ("export", "opened with", "weights", "max diff", "1 - cosine", "mean KL", "top-1", "positions")
+    sections.append(Table("Verified", header, checked, frozenset({3, 4, 5, 6, 7})))
     return sections
 
 
@@ -95,13 +103,14 @@ def _passes(records: Sequence[PassRecord]) -> Table:
 def _verification(record: ExportRecord) -> tuple[str, ...]:
     parity = record.verification
     if parity is None:
-        return (record.name, "not verified", "-", "-", "-", "-", "-")
+        return (record.name, "not verified", "-", "-", "-", "-", "-", "-")
     weights = {None: "-", True: "equal", False: "DIFFER"}[parity.weights_equal]
     return (
         record.name,
         parity.runtime,
         weights,
         number(parity.max_difference),
+        "-" if parity.mean_cosine_distance is None else number(parity.mean_cosine_distance),
         "-" if parity.mean_kl is None else number(parity.mean_kl),
         "-" if parity.top1_agreement is None else share(parity.top1_agreement),
         str(parity.positions),

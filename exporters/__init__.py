@@ -13,6 +13,7 @@ EXPORTERS: Registry[Exporter[Any]] = Registry(
     {
         "onnx": "onnx:Onnx",
         "onnx-genai": "onnx_genai:OnnxGenAI",
+        "openvino": "openvino:OpenVino",
         "safetensors": "safetensors:Safetensors",
     },
 )

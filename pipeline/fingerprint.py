@@ -16,8 +16,8 @@ import numpy as np
 
 from ..core.manifest import Parity
 from ..core.runtime import Session
-from ..evaluation.parity import log_softmax
-from .parity import Reference
+from ..evaluation.parity import cosine_distance, log_softmax
+from .parity import Reference, real_only
 
 FINGERPRINT = "llmopt.reference.json"
 _TOP = 4
@@ -57,7 +57,8 @@ def check_fingerprint(path: Path, session: Session, *, runtime: str, tolerance: 
     kept = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
     found = _Found()
     for batch in kept["batches"]:
-        outputs = session.outputs({name: np.array(rows, dtype=np.int64) for name, rows in batch["inputs"].items()})
+        inputs = {name: np.array(rows, dtype=np.int64) for name, rows in batch["inputs"].items()}
+        outputs = real_only(inputs, session.outputs(inputs))
         if "tokens" in batch["outputs"].get("logits", ()):
             _compare_logits(batch["outputs"]["logits"], outputs["logits"], found)
         else:
@@ -68,6 +69,9 @@ def check_fingerprint(path: Path, session: Session, *, runtime: str, tolerance: 
         passed &= found.largest <= tolerance["max_difference"] * max(1.0, found.scale)
     if "mean_kl" in tolerance and kl is not None:
         passed &= kl <= tolerance["mean_kl"]
+    cosine = found.cosine / found.vectors if found.vectors else None
+    if "mean_cosine_distance" in tolerance and cosine is not None:
+        passed &= cosine <= tolerance["mean_cosine_distance"]
     return Parity(
         runtime=runtime,
         samples=f"{kept['samples']} kept in {FINGERPRINT}",
@@ -76,6 +80,7 @@ def check_fingerprint(path: Path, session: Session, *, runtime: str, tolerance: 
         max_difference=found.largest,
         mean_kl=kl,
         top1_agreement=found.agree / found.logits if found.logits else None,
+        mean_cosine_distance=cosine,
         tolerance=tolerance,
         passed=passed,
     )
@@ -91,6 +96,15 @@ class _Found:
     logits: int = 0
     kl: float = 0.0
     agree: int = 0
+    cosine: float = 0.0
+    vectors: int = 0
+
+    def compare(self, expected: Any, got: Any) -> None:
+        """Add the largest difference and the cosine of two arrays taken as vectors."""
+        difference = float(np.abs(expected - got).max())
+        self.largest = max(self.largest, difference if np.isfinite(difference) else float("inf"))
+        self.cosine += float(cosine_distance(expected.reshape(-1), got.reshape(-1)).sum())
+        self.vectors += 1
 
 
 def _answers(outputs: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +138,7 @@ def _compare_logits(expected: dict[str, Any], logits: Any, found: _Found) -> Non
     p, q = np.exp(before), np.exp(after)
     rest_p, rest_q = np.clip(1 - p.sum(-1), 1e-12, 1), np.clip(1 - q.sum(-1), 1e-12, 1)
     kl = (p * (before - after)).sum(-1) + rest_p * np.log(rest_p / rest_q)
-    found.largest = max(found.largest, _largest(before, after))
+    found.compare(before, after)
     found.scale = max(found.scale, float(expected["scale"]))
     found.kl += max(float(kl.sum()), 0.0)
     found.agree += int((logits.argmax(-1) == top[..., 0]).sum())
@@ -136,12 +150,6 @@ def _compare_values(expected: dict[str, Any], outputs: Any, found: _Found) -> No
     for name, kept in expected.items():
         if name in outputs:
             values = np.array(kept["values"])
-            found.largest = max(found.largest, _largest(values, outputs[name].reshape(-1)[kept["places"]]))
+            found.compare(values, outputs[name].reshape(-1)[kept["places"]])
             found.scale = max(found.scale, float(np.abs(values).max()))
             found.positions += len(values)
-
-
-def _largest(expected: Any, got: Any) -> float:
-    """Return the largest difference; infinity where `got` holds something that is no number."""
-    difference = float(np.abs(expected - got).max())
-    return difference if np.isfinite(difference) else float("inf")

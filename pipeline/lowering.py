@@ -76,7 +76,7 @@ def _feeds(graph: ir.Model, rows: Sequence[Sequence[int]], *, decoder: bool) -> 
     feeds: list[Mapping[str, Array]] = []
     for batch in batches(rows, decoder=decoder):
         feed: dict[str, Array] = {name: tensor.numpy() for name, tensor in batch.items() if name in names}
-        ids = cast("Array", feed["input_ids"])
+        ids = feed["input_ids"]
         made: dict[str, Array] = {
             "attention_mask": np.ones_like(ids),
             "token_type_ids": np.zeros_like(ids),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..core.exports import Exporter
 from ..core.manifest import Parity
 from ..core.runtime import Arrays, Runtime
 from ..evaluation.parity import Comparison, Tolerance
-from ..exporters.dummy_inputs import sample_inputs
+from ..exporters.dummy_inputs import accepted, sample_inputs
 from ..models.handle import TorchModel
 from ..models.locate import context_length
 from ..models.reference import reference_outputs, streamed_outputs
@@ -74,10 +74,14 @@ def make_reference(model: TorchModel, rows: Sequence[Sequence[int]], seed: int) 
         cut = [list(row[:length]) for row in rows[:count]]
         samples = "held-out calibration text" if cut else "random token ids"
         cut = cut or random_rows(vocabulary, rows=count, length=length, seed=seed)
-        inputs = batches(cut, decoder=bool(skeleton.config.is_encoder_decoder))
+        decoder = bool(skeleton.config.is_encoder_decoder)
+        inputs = batches(cut, decoder=decoder)
+        if not model.facts.is_causal_lm and "attention_mask" in accepted(skeleton.model):
+            padding = getattr(skeleton.config.get_text_config(), "pad_token_id", None)
+            inputs = [ragged(cut, 0 if padding is None else padding, decoder=decoder)]
     kind = type(skeleton.model).__name__
     del skeleton
-    outputs = reference_outputs(model, inputs)
+    outputs = [real_only(batch, made) for batch, made in zip(inputs, reference_outputs(model, inputs), strict=True)]
     for name, value in (item for batch in outputs for item in batch.items()):
         if not bool(torch.isfinite(value).all()):
             raise LlmoptError(
@@ -86,6 +90,30 @@ def make_reference(model: TorchModel, rows: Sequence[Sequence[int]], seed: int) 
                 hint="the model overflows: check its weights",
             )
     return Reference(inputs, outputs, samples)
+
+
+def ragged(rows: Sequence[Sequence[int]], padding: int, *, decoder: bool) -> dict[str, Tensor]:
+    """Return one batch of rows cut to different lengths and padded on the right, as an encoder meets them."""
+    longest = max(len(row) for row in rows)
+    lengths = [max(1, longest * (number + 1) // len(rows)) for number in range(len(rows))]
+    cut = [torch.tensor(list(row[:length])) for row, length in zip(rows, lengths, strict=True)]
+    ids = torch.nn.utils.rnn.pad_sequence(cut, batch_first=True, padding_value=padding)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in cut], batch_first=True)
+    made = {"input_ids": ids, "attention_mask": mask}
+    return made | {"decoder_input_ids": torch.tensor([list(row) for row in rows])} if decoder else made
+
+
+def real_only(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return outputs, arrays or tensors, with zeros where a token is padding: what a model says there means nothing."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return dict(outputs)
+    return {name: _masked(value, mask) if value.shape[:2] == mask.shape else value for name, value in outputs.items()}
+
+
+def _masked(value: Any, mask: Any) -> Any:
+    ones = mask.reshape(*mask.shape, *(1,) * (value.ndim - 2))
+    return value * (ones.to(value.dtype) if isinstance(value, Tensor) else ones.astype(value.dtype))
 
 
 def compare(
@@ -130,7 +158,8 @@ def _opened(runtime: Runtime, directory: Path, reference: Reference) -> Iterator
     session = runtime.open(directory)
     try:
         for inputs in reference.inputs:
-            yield session.outputs({name: tensor.numpy() for name, tensor in inputs.items()})
+            arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+            yield real_only(arrays, session.outputs(arrays))
     finally:
         session.close()
 
@@ -151,6 +180,8 @@ def tolerance_of(exporter: Exporter[Any], model: TorchModel) -> Tolerance:
     params = exporter.params
     if model.quantized and getattr(params, "activations", None) == "int8":
         return Tolerance(mean_kl=_INT8_ACTIVATIONS_KL)
+    if getattr(params, "dtype", "float32") == "bfloat16":
+        return Tolerance(mean_cosine_distance=_HALF, mean_kl=_INT8_ACTIVATIONS_KL)
     if getattr(params, "dtype", "float32") == "float16":
         return Tolerance(max_difference=_HALF, mean_kl=_INT8_ACTIVATIONS_KL)
     if model.quantized and model.facts.dtype != "float32":

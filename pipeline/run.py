@@ -7,7 +7,7 @@ import platform
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +32,16 @@ from .parity import ROWS, Reference, compare, make_reference
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
 from .sweep import run_sweep
 
-_VERSIONED = ("torch", "transformers", "compressed-tensors", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")
+_VERSIONED = (
+    "torch",
+    "transformers",
+    "compressed-tensors",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "openvino",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,11 +267,16 @@ def _manifest(
             "documents": samples.documents,
             "sha256": samples.sha256,
         },
-        versions={"python": platform.python_version(), **{name: version(name) for name in _VERSIONED}},
+        versions={"python": platform.python_version(), **_versions()},
         passes=passes,
         exports=exports,
         files=files,
     )
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the libraries that are installed."""
+    return {each.metadata["Name"].lower(): each.version for name in _VERSIONED for each in distributions(name=name)}
 
 
 def _write(manifest: Manifest, root: Path) -> None:

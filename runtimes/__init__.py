@@ -11,6 +11,7 @@ RUNTIMES: Registry[Runtime] = Registry(
     {
         "onnx-genai": "onnx_genai:OnnxGenAI",
         "onnxruntime": "onnxruntime_:OnnxRuntime",
+        "openvino": "openvino_:OpenVino",
         "packed-codes": "packed:PackedCodes",
         "transformers": "transformers_:Transformers",
     },

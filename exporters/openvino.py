@@ -1,0 +1,105 @@
+"""OpenVINO: the traced graph for Intel's engine, which is fast on AMD's and ARM's processors too.
+
+openvino_model.xml, openvino_model.bin      the graph and its weights
+config.json, tokenizer and processor files
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from msgspec import Meta
+
+from ..core.errors import LlmoptError, UsageError
+from ..core.exports import ExportableModel, GraphExporter
+from ..core.params import Params
+from .onnx import GRAPH, save_graph, share_transposed
+from .onnx_trace import captured, trace
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ..core.facts import ModelFacts
+    from ..core.graph import Engine
+    from ..core.quantized import Grid
+
+MODEL = "openvino_model.xml"
+PRECISION = ("runtime_options", "INFERENCE_PRECISION_HINT")
+"""Where the file says what to compute with; the runtime asks the engine for it."""
+
+
+class OpenVinoParams(Params, frozen=True):
+    """How the graph is made, and computed."""
+
+    cache: Annotated[
+        bool, Meta(description="Give a language model key and value caches, so that it generates token by token.")
+    ] = True
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        Meta(description="What to compute with. bfloat16 is twice as fast on processors that have it."),
+    ] = "float32"
+
+
+class OpenVino(GraphExporter[OpenVinoParams]):
+    """Trace the model's forward pass and save it for OpenVINO."""
+
+    name: ClassVar[str] = "openvino"
+    runtime: ClassVar[str] = "openvino"
+    engine: ClassVar[Engine] = "openvino"
+    Params: ClassVar[type[Params]] = OpenVinoParams
+
+    def check(self, facts: ModelFacts, grid: Grid | None) -> None:
+        """Refuse weights in packed codes, and a machine without OpenVINO.
+
+        Raises:
+            UsageError: with what to do.
+        """
+        from importlib.util import find_spec
+
+        del facts
+        if grid is not None:
+            raise UsageError(
+                f"`{self.name}` cannot hold {grid} weights",
+                where="they would be multiplied in floating point",
+                hint="use --export onnx, or the pass `quantize-static` for 8-bit products",
+            )
+        if find_spec("openvino") is None:
+            raise UsageError("OpenVINO is not installed", hint="pip install 'llmopt[openvino]'")
+
+    def trace(self, model: ExportableModel) -> ir.Model:
+        """Trace the model's forward pass, with a cache where it is a language model."""
+        graph = trace(model.materialize(), cache=self.params.cache and model.facts.is_causal_lm, opset=None)
+        share_transposed(graph)
+        return graph
+
+    def carry_codes(self, graph: ir.Model, model: ExportableModel) -> list[str]:
+        """Do nothing: there are none."""
+        del graph, model
+        return []
+
+    def save(self, graph: ir.Model, model: ExportableModel, directory: Path) -> list[str]:
+        """Convert the graph and write it, with the model's side files.
+
+        Raises:
+            LlmoptError: OpenVINO does not take the graph.
+        """
+        import openvino
+
+        with tempfile.TemporaryDirectory(prefix="llmopt-") as folder:
+            save_graph(graph, Path(folder))
+            with captured("openvino"):
+                try:
+                    converted = openvino.Core().read_model(Path(folder) / GRAPH)
+                except RuntimeError as error:
+                    raise LlmoptError("OpenVINO does not take the graph", where=str(error).strip()[-600:]) from error
+                converted.set_rt_info({"float32": "f32", "bfloat16": "bf16"}[self.params.dtype], list(PRECISION))
+                openvino.save_model(converted, directory / MODEL, compress_to_fp16=False)
+        model.save_side_files(directory)
+        return []
+
+    def weights_equal(self, model: ExportableModel, directory: Path) -> bool | None:
+        """Return None: nothing in the artifact is quantized by codes of the model."""
+        del model, directory
+        return None
