@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-_LEVELS, _WEIGHT_LEVEL = 255, 127
+_LEVELS, _WEIGHT_LEVEL, _MIDDLE = 255, 127, 128
 _PASSING = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Transpose", "Gather", "Identity", "Mul", "Cast"})
 
 
@@ -143,14 +143,20 @@ def quantized_weight(matrix: Array) -> tuple[Array, Array]:
 
 def _rounded(builder: Builder, source: ir.Value, span: Range) -> tuple[ir.Value, ir.Value]:
     """Return the input as rows on its levels, and the sizes of the axes that became rows."""
-    rank, rows = len(source.shape or ()), source
-    leading = builder.op("Shape", source, start=0, end=max(rank - 1, 0), dtype=ir.DataType.INT64)
-    if rank != 2:
-        rows = builder.op("Reshape", source, builder.constant([-1, size(source, -1)]))
+    rows, leading = _as_rows(builder, source)
     scale = builder.constant(span.scale, np.float32)
     zero = builder.constant(span.zero_point, np.uint8)
     codes = builder.op("QuantizeLinear", rows, scale, zero, dtype=ir.DataType.UINT8)
     return builder.op("DequantizeLinear", codes, scale, zero, dtype=ir.DataType.FLOAT), leading
+
+
+def _as_rows(builder: Builder, source: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Return (rows, in) and the sizes of the axes that became rows."""
+    rank = len(source.shape or ())
+    leading = builder.op("Shape", source, start=0, end=max(rank - 1, 0), dtype=ir.DataType.INT64)
+    if rank == 2:
+        return source, leading
+    return builder.op("Reshape", source, builder.constant([-1, size(source, -1)])), leading
 
 
 def _weight(builder: Builder, one: Int8Product) -> tuple[ir.Value, Array]:
@@ -200,6 +206,49 @@ def _name(product: Product, biased: bool) -> str:
     names = [value.name for value in values if value is not None and value.is_initializer() and value.name]
     best = next((name for name in names if "." in name), names[0] if names else node.name or "product")
     return best.removesuffix(".weight").removesuffix(".bias")
+
+
+def quantize_by_token(model: ir.Model, chosen: Sequence[Int8Product]) -> None:
+    """Compute products in 8 bits, the range of each token found as the model runs, in place.
+
+    A scale for each token: one for the tensor, as DynamicQuantizeLinear has it, would make a text's result depend on
+    the texts beside it.
+    """
+    inputs: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
+    matrices: dict[tuple[int, int], tuple[ir.Value, ir.Value, int]] = {}
+    for one in chosen:
+        builder, source = Builder(one.product.node), one.input
+        if source not in inputs:
+            inputs[source] = _by_token(builder, source)
+        if one.product.key not in matrices:
+            codes, scale = quantized_weight(one.product.matrix())
+            stored = initializer(builder.graph, f"{one.name}.codes", np.ascontiguousarray(codes.T))
+            scales = initializer(builder.graph, f"{one.name}.scales", scale)
+            matrices[one.product.key] = stored, scales, len(scale)
+        (rows, steps, leading), (weight, scales, width) = inputs[source], matrices[one.product.key]
+        middle = builder.constant(_MIDDLE, np.uint8)
+        sums = builder.op("MatMulInteger", rows, weight, middle, dtype=ir.DataType.INT32)
+        result = builder.op("Cast", sums, to=ir.DataType.FLOAT, dtype=ir.DataType.FLOAT)
+        result = builder.op("Mul", builder.op("Mul", result, steps), scales)
+        if one.bias is not None:
+            result = builder.op("Add", result, builder.constant(one.bias.reshape(-1), np.float32))
+        if len(source.shape or ()) != 2:
+            shape = builder.op("Concat", leading, builder.constant([width]), axis=0)
+            result = builder.op("Reshape", result, shape)
+        replace(one.output, result)
+    RemoveUnusedNodesPass()(model)
+    model.graph.sort()
+
+
+def _by_token(builder: Builder, source: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Return the input as rows of codes, the worth of a step in each, and the sizes of the axes that became rows."""
+    rows, leading = _as_rows(builder, source)
+    peak = builder.op("ReduceMax", builder.op("Abs", rows), builder.constant([-1]), keepdims=1)
+    smallest = builder.constant(1e-30, np.float32)
+    steps = builder.op("Div", builder.op("Max", peak, smallest), builder.constant(_WEIGHT_LEVEL, np.float32))
+    codes = builder.op("Round", builder.op("Div", rows, steps))
+    codes = builder.op("Add", codes, builder.constant(_MIDDLE, np.float32))
+    return builder.op("Cast", codes, to=ir.DataType.UINT8, dtype=ir.DataType.UINT8), steps, leading
 
 
 def trial(model: ir.Model, chosen: Sequence[Int8Product], ranges: Mapping[ir.Value, Range]) -> ir.Model:

@@ -20,6 +20,7 @@ PASSES: Registry[Pass[Any]] = Registry(
         "gptq": "gptq:Gptq",
         "hqq": "hqq:Hqq",
         "quantize-activations": "quantize_activations:QuantizeActivations",
+        "quantize-dynamic": "quantize_dynamic:QuantizeDynamic",
         "quantize-kv": "quantize_kv:QuantizeKv",
         "quantize-static": "quantize_static:QuantizeStatic",
         "remove-padding": "remove_padding:RemovePadding",

@@ -75,11 +75,11 @@ class QuantizeStatic(GraphPass[QuantizeStaticParams]):
 
         found, left = candidates(model.graph)
         chosen = [one for one in found if not any(matches(one.name, pattern) for pattern in self.params.ignore)]
+        ignored = [one for one in found if one not in chosen]
         if not chosen:
             raise LlmoptError(
                 f"`{self.name}` finds no product to round in {model.facts.architecture}",
-                where="; ".join(sorted({reason for _, reason in left}))
-                or "the graph has no product with constant weights",
+                where="; ".join(sorted({reason for _, reason in left})) or "no product has constant float32 weights",
                 hint="leave the pass out",
             )
         exact, ranges, rows = self._observe(model, chosen)
@@ -91,6 +91,7 @@ class QuantizeStatic(GraphPass[QuantizeStaticParams]):
         del context
         result = PassResult(changed=sorted(one.name for one in chosen))
         result.skipped = [Skip(name, reason) for name, reason in left]
+        result.skipped += [Skip(one.name, "ignored") for one in ignored]
         result.skipped += [Skip(one.name, f"its error in 8 bits is {errors[one.name]:.2g}") for one in order[:kept]]
         result.metrics = {
             "products_count": len(chosen),

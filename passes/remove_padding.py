@@ -29,6 +29,10 @@ class RemovePaddingParams(Params, frozen=True):
             "batch is divided.",
         ),
     ] = 8
+    required: Annotated[
+        bool,
+        Meta(description="Refuse a model in which nothing can be done; otherwise it stays as it is, and that is said."),
+    ] = True
 
 
 class RemovePadding(GraphPass[RemovePaddingParams]):
@@ -49,7 +53,7 @@ class RemovePadding(GraphPass[RemovePaddingParams]):
             UsageError: it is one.
         """
         del target
-        if facts.is_causal_lm:
+        if facts.is_causal_lm and self.params.required:
             raise UsageError(
                 f"`{self.name}` is for encoders",
                 where=f"{facts.architecture} reads its tokens from left to right",
@@ -64,24 +68,29 @@ class RemovePadding(GraphPass[RemovePaddingParams]):
         """
         from ..graphs.padding import remove_padding
 
+        del context
         inputs = [str(value.name) for value in model.graph.graph.inputs]
         if "attention_mask" not in inputs:
-            raise UsageError(
+            return self._nothing(
                 f"`{self.name}` needs a mask of tokens",
-                where=f"the graph's inputs are {', '.join(inputs)}",
-                hint="leave the pass out: nothing here is padded",
+                f"the graph's inputs are {', '.join(inputs)}, nothing is padded",
             )
         report = remove_padding(model.graph, groups=self.params.groups)
         if not report.attentions:
             reasons = "; ".join(sorted({reason for _, reason in report.left})) or "no attention was recognized"
-            raise UsageError(
-                f"`{self.name}` finds nothing to do in {model.facts.architecture}",
-                where=reasons,
-                hint="leave the pass out",
-            )
-        del context
+            return self._nothing(f"`{self.name}` finds nothing to do in {model.facts.architecture}", reasons)
         return PassResult(
             changed=[f"{report.attentions} attentions"],
             skipped=[Skip(name, reason) for name, reason in report.left],
             metrics={"attentions_count": report.attentions, "padded_again_count": len(report.padded)},
         )
+
+    def _nothing(self, what: str, reason: str) -> PassResult:
+        """Return a result that says why nothing was done.
+
+        Raises:
+            UsageError: something had to be.
+        """
+        if self.params.required:
+            raise UsageError(what, where=reason, hint="leave the pass out, or set `required: false`")
+        return PassResult(skipped=[Skip("padding", reason)])
