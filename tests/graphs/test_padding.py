@@ -1,0 +1,110 @@
+"""An encoder without padding gives what the padded one gives, whatever the mask, for every family."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from families import FAMILIES, Family, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llmopt.exporters.onnx_trace import trace
+from llmopt.graphs.attention import spell_out
+from llmopt.graphs.padding import Removal, remove_padding
+
+_ENCODER: dict[str, Any] = {
+    "vocab_size": 272,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+_BART = {"vocab_size": 272, "d_model": 64, "encoder_layers": 2, "decoder_layers": 1, "pad_token_id": 0}
+_BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
+ENCODERS = {name: FAMILIES[name] for name in ("bert", "roberta", "distilbert", "t5")} | {
+    "electra": Family(
+        "ELECTRA", "ElectraForTokenClassification", {"model_type": "electra", **_ENCODER, "embedding_size": 32}
+    ),
+    "albert": Family("ALBERT", "AlbertModel", {"model_type": "albert", **_ENCODER, "embedding_size": 32}),
+    "xlm-roberta": Family("XLM-RoBERTa", "XLMRobertaModel", {"model_type": "xlm-roberta", **_ENCODER}),
+    "bart": Family(
+        "BART",
+        "BartForConditionalGeneration",
+        {"model_type": "bart", **_BART, "max_position_embeddings": 64, "decoder_start_token_id": 2},
+    ),
+}
+
+
+@cache
+def opened(name: str) -> tuple[Any, Removal, onnxruntime.InferenceSession]:
+    """Return the model, what the pass did, and its graph without padding."""
+    torch.set_num_threads(1)
+    model = make_model(ENCODERS[name])
+    graph = trace(model, cache=False)
+    report = remove_padding(graph, groups=3)
+    spell_out(graph)
+    path = Path(mkdtemp()) / "model.onnx"
+    ir.save(graph, path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    return model, report, onnxruntime.InferenceSession(str(path), options)
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> np.ndarray:
+    batch, length = draw(st.integers(1, 5)), draw(st.integers(1, 12))
+    kind = draw(st.sampled_from(["right", "left", "holes", "full", "empty"]))
+    if kind == "full":
+        return np.ones((batch, length), np.int64)
+    if kind == "empty":
+        return np.zeros((batch, length), np.int64)
+    if kind == "holes":
+        rows = st.lists(st.integers(0, 1), min_size=length, max_size=length)
+        return np.array(draw(st.lists(rows, min_size=batch, max_size=batch)), np.int64)
+    lengths = np.array(draw(st.lists(st.integers(0, length), min_size=batch, max_size=batch)))[:, None]
+    places = np.arange(length)[None]
+    return (places < lengths if kind == "right" else places >= length - lengths).astype(np.int64)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(mask=masks(), seed=st.integers(0, 1 << 16))
+def test_real_tokens_are_the_same(name: str, mask: np.ndarray, seed: int):
+    model, report, session = opened(name)
+    assert report.attentions == 2
+    ids = np.random.default_rng(seed).integers(3, 270, mask.shape)
+    feed = {"input_ids": np.where(mask, ids, model.config.pad_token_id or 0), "attention_mask": mask}
+    names = {value.name for value in session.get_inputs()}
+    if "token_type_ids" in names:
+        feed["token_type_ids"] = ids % 2
+    if "decoder_input_ids" in names:
+        feed["decoder_input_ids"] = ids[:, :1].repeat(3, axis=1)
+    with torch.no_grad():
+        expected = model(**{key: torch.tensor(value) for key, value in feed.items()})
+    compared = 0
+    for value, got in zip(session.get_outputs(), session.run(None, feed), strict=True):
+        if value.name not in expected:
+            continue
+        reference = expected[value.name].numpy()
+        assert got.shape == reference.shape
+        assert np.isfinite(got).all()
+        generates, encoder = "decoder_input_ids" in feed, value.name.startswith("encoder")
+        kept = mask.any(axis=1)  # a text without tokens says nothing
+        if got.ndim == 3 and (encoder or not generates):
+            kept = mask == 1
+            assert (got[~kept] == 0).all()
+        elif not generates:  # made from the first token
+            kept = mask[:, 0] == 1
+        if len(got) == len(mask):
+            assert np.abs(got[kept] - reference[kept]).max(initial=0) < 1e-5
+            compared += 1
+    assert compared
