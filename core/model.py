@@ -106,8 +106,11 @@ class Block(Protocol):
         """Return the current weight, (out_features, in_features) float32; not to be written to."""
         ...
 
-    def stored(self, linear: Linear) -> Tensor:
-        """Return the current weight, (out_features, in_features), in the dtype it is held in: float32 or narrower."""
+    def rows(self, linear: Linear, count: int) -> Iterator[Tensor]:
+        """Yield the current weight, (count, in_features) at a time, in the dtype it is held in: float32 or narrower.
+
+        A weight that nobody has asked for whole is not in memory whole.
+        """
         ...
 
     def quantize(self, linear: Linear, weight: QuantizedWeight) -> None:

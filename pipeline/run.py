@@ -7,6 +7,7 @@ import platform
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -134,6 +135,7 @@ def _run_exports(
         result = exporter.export(model, directory, ExportContext(reporter=reporter))
         for note in result.notes:
             reporter.note(f"{exporter.name}: {note}")
+        files = in_background(partial(file_records, directory))
         parity = _verify(exporter, model, directory, reference, reporter)
         records.append(
             ExportRecord(
@@ -142,7 +144,7 @@ def _run_exports(
                 params=msgspec.to_builtins(exporter.params),
                 notes=result.notes,
                 verification=parity,
-                files=file_records(directory),
+                files=files(),
             )
         )
     return records

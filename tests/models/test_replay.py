@@ -60,7 +60,7 @@ def test_every_block_gets_what_the_whole_model_gives_it(name, family, tmp_path):
     with outside_on_demand(skeleton, model.read):
         for stack in skeleton.stacks:
             for site in stack:
-                with loaded(skeleton, site, model.read, "float32", replay) as block:
+                with loaded(skeleton, site, model, replay) as block:
                     for stage in block.stages():  # what passes do in between leaves the samples as they are
                         block.collect(stage, lambda *_: None)
                     for index in range(len(inputs)):
@@ -78,7 +78,7 @@ def test_nothing_stays_in_memory(family, tmp_path):
     replay = Replay(skeleton, batches(random_rows(), decoder=False))
     with outside_on_demand(skeleton, model.read):
         for site in skeleton.stacks[0]:
-            with loaded(skeleton, site, model.read, "float32", replay):
+            with loaded(skeleton, site, model, replay):
                 inside = {name for name, value in skeleton.model.named_parameters() if not value.is_meta}
                 replay.finish(site, first=site.name.endswith(".0"))
                 outside = set(skeleton.outside)
