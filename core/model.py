@@ -201,13 +201,13 @@ class Block(Protocol):
         """
         ...
 
-    def divergence(self, weights: Mapping[Linear, Tensor]) -> float:
-        """Return how far the model's answers move on a calibration batch when the block computes with other weights.
-
-        The rest of the model runs as it is at present, its blocks loaded one after another.
+    def divergence(self, weights: Mapping[Linear, Tensor], *, later_blocks: bool) -> float:
+        """Return how far the model's answers move on calibration samples when the block computes with other weights.
 
         Args:
             weights: as in `output`.
+            later_blocks: run them, as they are at present, loaded one after another; otherwise they are left out, and
+                what follows the blocks answers to what this one returns.
 
         Returns:
             Mean KL divergence in nats a token; for a model without logits the error of its output over its square.

@@ -27,6 +27,9 @@ _LOOK_TOKENS = 256
 _TRIAL_BATCHES = 2
 """How many calibration batches `output_error` looks at."""
 
+_LOGITS = 1 << 25
+"""How many logits `divergence` makes at once, 128 MiB in float32; but no less than those of a row."""
+
 
 class _Enough(Exception):  # noqa: N818  (control flow, no error)
     """Every product of the stage was seen."""
@@ -63,7 +66,7 @@ class LoadedBlock:
         self._order_seen: list[Stage] | None = None
         self._norms: dict[Unit, list[tuple[str, nn.Module]]] = {}
         self._producers: dict[Linear, Producer | None] = {}
-        self._answer: Answer | None = None
+        self._answers: dict[bool, Answer] = {}
 
     @property
     def name(self) -> str:
@@ -184,16 +187,21 @@ class LoadedBlock:
         made = self._changed_output(batch, weights)
         return made if isinstance(made, Tensor) else made[0]
 
-    def divergence(self, weights: Mapping[Linear, Tensor]) -> float:
+    def divergence(self, weights: Mapping[Linear, Tensor], *, later_blocks: bool) -> float:
         """Return how far the model's answers move with other weights here; see `core.model.Block`."""
-        if self._answer is None:
-            self._answer = self._samples.answer(self._site, 0, self._output(0, whole=True), self._model.read)
-        with torch.no_grad():
-            made = self._changed_output(0, weights)
-        return distance(self._answer, self._samples.answer(self._site, 0, made, self._model.read))
+        if later_blocks not in self._answers:
+            self._answers[later_blocks] = self._answer({}, later_blocks)
+        return distance(self._answers[later_blocks], self._answer(weights, later_blocks))
 
-    def _changed_output(self, batch: int, weights: Mapping[Linear, Tensor]) -> Any:
-        args, kwargs = self._samples.call(self._site, batch)
+    def _answer(self, weights: Mapping[Linear, Tensor], later_blocks: bool) -> Answer:
+        vocabulary = getattr(self._skeleton.config.get_text_config(), "vocab_size", 1)
+        tokens = max(1, _LOGITS // vocabulary)
+        with torch.no_grad():
+            made = self._changed_output(0, weights, tokens=tokens)
+        return self._samples.answer(self._site, 0, made, self._model.read, later_blocks=later_blocks, tokens=tokens)
+
+    def _changed_output(self, batch: int, weights: Mapping[Linear, Tensor], *, tokens: int | None = None) -> Any:
+        args, kwargs = self._samples.call(self._site, batch, tokens=tokens)
         return torch.func.functional_call(self._site.module, self._with(weights), args, kwargs)
 
     def _with(self, weights: Mapping[Linear, Tensor]) -> dict[str, Tensor]:
