@@ -106,8 +106,11 @@ class Block(Protocol):
         """Return the current weight, (out_features, in_features) float32; not to be written to."""
         ...
 
-    def stored(self, linear: Linear) -> Tensor:
-        """Return the current weight, (out_features, in_features), in the dtype it is held in: float32 or narrower."""
+    def rows(self, linear: Linear, count: int) -> Iterator[Tensor]:
+        """Yield the current weight, (count, in_features) at a time, in the dtype it is held in: float32 or narrower.
+
+        A weight that nobody has asked for whole is not in memory whole.
+        """
         ...
 
     def quantize(self, linear: Linear, weight: QuantizedWeight) -> None:
@@ -198,13 +201,13 @@ class Block(Protocol):
         """
         ...
 
-    def divergence(self, weights: Mapping[Linear, Tensor]) -> float:
-        """Return how far the model's answers move on a calibration batch when the block computes with other weights.
-
-        The rest of the model runs as it is at present, its blocks loaded one after another.
+    def divergence(self, weights: Mapping[Linear, Tensor], *, later_blocks: bool) -> float:
+        """Return how far the model's answers move on calibration samples when the block computes with other weights.
 
         Args:
             weights: as in `output`.
+            later_blocks: run them, as they are at present, loaded one after another; otherwise they are left out, and
+                what follows the blocks answers to what this one returns.
 
         Returns:
             Mean KL divergence in nats a token; for a model without logits the error of its output over its square.

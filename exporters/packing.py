@@ -27,15 +27,12 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
 
     rows, columns = codes.shape
     words = -(-columns * bits // 32)
-    if 8 % bits == 0:  # whole codes in a byte: shift and add, no bit is unpacked
-        per_byte = 8 // bits
-        padded = torch.zeros(rows, words * 4 * per_byte, dtype=torch.uint8)
-        padded[:, :columns] = codes
-        parts = padded.view(rows, -1, per_byte)
-        packed = parts[..., 0].clone()
-        for index in range(1, per_byte):
-            packed |= parts[..., index] << (bits * index)
-        return packed.contiguous().view(torch.int32)
+    if 8 % bits == 0:  # whole codes in a byte: two neighbours become one of twice the width
+        packed = torch.nn.functional.pad(codes, (0, words * 32 // bits - columns)).contiguous().reshape(-1)
+        for width in _widths_below_byte(bits):
+            pairs = packed.view(torch.int16)
+            packed = (pairs | (pairs >> (8 - width))).to(torch.uint8)
+        return packed.view(torch.int32).reshape(rows, words)
     stream = np.unpackbits(codes.contiguous().numpy()[..., None], axis=-1, bitorder="little")[..., :bits]
     stream = np.pad(stream.reshape(rows, -1), ((0, 0), (0, words * 32 - columns * bits)))
     return torch.from_numpy(np.packbits(stream, axis=-1, bitorder="little")).view(torch.int32)
@@ -57,9 +54,15 @@ def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
 
     data = packed.contiguous().view(torch.uint8)
     if 8 % bits == 0:
-        mask = (1 << bits) - 1
-        parts = [(data >> (bits * index)) & mask for index in range(8 // bits)]
-        return torch.stack(parts, -1).reshape(data.shape[0], -1)[:, :columns].contiguous()
+        for width in reversed(_widths_below_byte(bits)):
+            pairs = data.to(torch.int16)
+            data = ((pairs | (pairs << (8 - width))) & (0x101 * ((1 << width) - 1))).view(torch.uint8)
+        return data[:, :columns].contiguous()
     stream = np.unpackbits(data.numpy(), axis=-1, bitorder="little")[:, : columns * bits]
     codes = np.packbits(stream.reshape(data.shape[0], columns, bits), axis=-1, bitorder="little")
     return torch.from_numpy(codes[..., 0].copy())
+
+
+def _widths_below_byte(bits: int) -> list[int]:
+    """Return the widths, from `bits` on, each twice the one before, of which a byte holds two or more."""
+    return [width for width in (1, 2, 4) if width >= bits]

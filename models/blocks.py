@@ -14,6 +14,7 @@ from ..core.activations import QuantizedCache, QuantizedInput
 from ..core.errors import LlmoptError
 from ..core.model import Linear, Product, Stage
 from ..core.quantized import QuantizedWeight
+from .handle import TorchModel
 from .producers import Part, Producer, linear_candidates, norm_candidates, same
 from .replay import Answer, Replay, distance
 from .skeleton import BlockSite, Skeleton, View
@@ -26,6 +27,9 @@ _LOOK_TOKENS = 256
 _TRIAL_BATCHES = 2
 """How many calibration batches `output_error` looks at."""
 
+_LOGITS = 1 << 25
+"""How many logits `divergence` makes at once, 128 MiB in float32; but no less than those of a row."""
+
 
 class _Enough(Exception):  # noqa: N818  (control flow, no error)
     """Every product of the stage was seen."""
@@ -37,8 +41,7 @@ class LoadedBlock:
     Args:
         skeleton: the model.
         site: which block.
-        read: gives a checkpoint tensor by name.
-        dtype: the dtype its weights are stored in.
+        model: gives its weights.
         replay: the calibration samples, None when no pass needs them.
 
     Attributes:
@@ -47,16 +50,14 @@ class LoadedBlock:
         expert_tokens: how many calibration tokens came to each expert.
     """
 
-    def __init__(
-        self, skeleton: Skeleton, site: BlockSite, read: Callable[[str], Tensor], dtype: str, replay: Replay | None
-    ) -> None:
+    def __init__(self, skeleton: Skeleton, site: BlockSite, model: TorchModel, replay: Replay | None) -> None:
         self._skeleton = skeleton
-        self._read = read
+        self._model = model
         self._site = site
         self._replay = replay
         self._views = {view.linear: view for view in site.views}
         self._once: dict[Unit, bool] = {}
-        self.dtype = dtype
+        self.dtype = model.facts.dtype
         self.results: dict[Linear, QuantizedWeight] = {}
         self.changed: dict[str, Callable[[], Tensor]] = {}
         self.inputs: dict[str, QuantizedInput] = {}
@@ -65,7 +66,7 @@ class LoadedBlock:
         self._order_seen: list[Stage] | None = None
         self._norms: dict[Unit, list[tuple[str, nn.Module]]] = {}
         self._producers: dict[Linear, Producer | None] = {}
-        self._answer: Answer | None = None
+        self._answers: dict[bool, Answer] = {}
 
     @property
     def name(self) -> str:
@@ -84,10 +85,20 @@ class LoadedBlock:
 
     def weight(self, linear: Linear) -> Tensor:
         """Return the current weight, (out_features, in_features) float32; not to be written to."""
-        return self.stored(linear).float()
+        return self._held(linear).float()
 
-    def stored(self, linear: Linear) -> Tensor:
-        """Return the current weight in the dtype it is held in; see `core.model.Block`."""
+    def rows(self, linear: Linear, count: int) -> Iterator[Tensor]:
+        """Yield the current weight a few rows at a time, in the dtype it is held in; see `core.model.Block`."""
+        view = self._views[linear]
+        name = self._skeleton.checkpoint_name(view.parameter)
+        loaded = linear in self.results or not self._skeleton.parameter(view.parameter).is_meta
+        if loaded or name is None or view.rows is not None or view.transposed:
+            yield from self._held(linear).split(count)
+        else:
+            yield from self._model.rows(name, count)
+
+    def _held(self, linear: Linear) -> Tensor:
+        """Return the current weight in the dtype it is held in."""
         if self._replay is None and linear in self.results:
             return self.results[linear].dequantize()
         return self._view(self._views[linear])
@@ -176,16 +187,21 @@ class LoadedBlock:
         made = self._changed_output(batch, weights)
         return made if isinstance(made, Tensor) else made[0]
 
-    def divergence(self, weights: Mapping[Linear, Tensor]) -> float:
+    def divergence(self, weights: Mapping[Linear, Tensor], *, later_blocks: bool) -> float:
         """Return how far the model's answers move with other weights here; see `core.model.Block`."""
-        if self._answer is None:
-            self._answer = self._samples.answer(self._site, 0, self._output(0, whole=True), self._read)
-        with torch.no_grad():
-            made = self._changed_output(0, weights)
-        return distance(self._answer, self._samples.answer(self._site, 0, made, self._read))
+        if later_blocks not in self._answers:
+            self._answers[later_blocks] = self._answer({}, later_blocks)
+        return distance(self._answers[later_blocks], self._answer(weights, later_blocks))
 
-    def _changed_output(self, batch: int, weights: Mapping[Linear, Tensor]) -> Any:
-        args, kwargs = self._samples.call(self._site, batch)
+    def _answer(self, weights: Mapping[Linear, Tensor], later_blocks: bool) -> Answer:
+        vocabulary = getattr(self._skeleton.config.get_text_config(), "vocab_size", 1)
+        tokens = max(1, _LOGITS // vocabulary)
+        with torch.no_grad():
+            made = self._changed_output(0, weights, tokens=tokens)
+        return self._samples.answer(self._site, 0, made, self._model.read, later_blocks=later_blocks, tokens=tokens)
+
+    def _changed_output(self, batch: int, weights: Mapping[Linear, Tensor], *, tokens: int | None = None) -> Any:
+        args, kwargs = self._samples.call(self._site, batch, tokens=tokens)
         return torch.func.functional_call(self._site.module, self._with(weights), args, kwargs)
 
     def _with(self, weights: Mapping[Linear, Tensor]) -> dict[str, Tensor]:
@@ -373,13 +389,14 @@ class LoadedBlock:
 
     def _view(self, view: View) -> Tensor:
         if self._skeleton.parameter(view.parameter).is_meta:
-            self._skeleton.load([view.parameter], self._read, widen=self._replay is not None)
+            self._skeleton.load([view.parameter], self._model.read, widen=self._replay is not None)
         return view.of(self._skeleton.parameter(view.parameter).data)
 
     def _release(self, linear: Linear) -> None:
-        """Free the layer's parameter when all layers in it are quantized."""
+        """Free the layer's parameter, if it is in memory, when all layers in it are quantized."""
         name = self._views[linear].parameter
-        if all(other in self.results for other, view in self._views.items() if view.parameter == name):
+        others = (other for other, view in self._views.items() if view.parameter == name)
+        if not self._skeleton.parameter(name).is_meta and all(other in self.results for other in others):
             self._skeleton.unload([name])
 
     def _unit(self, linear: Linear) -> Unit:
@@ -428,13 +445,11 @@ def _add_sightings(seen: dict[Unit, Sighting], run: dict[Unit, Sighting]) -> Non
 
 
 @contextmanager
-def loaded(
-    skeleton: Skeleton, site: BlockSite, read: Callable[[str], Tensor], dtype: str, replay: Replay | None
-) -> Iterator[LoadedBlock]:
+def loaded(skeleton: Skeleton, site: BlockSite, model: TorchModel, replay: Replay | None) -> Iterator[LoadedBlock]:
     """Have one block's weights in memory: all at once when samples will run through it, else as they are used."""
     if replay is not None:
-        skeleton.load(site.parameters, read)
+        skeleton.load(site.parameters, model.read)
     try:
-        yield LoadedBlock(skeleton, site, read, dtype, replay)
+        yield LoadedBlock(skeleton, site, model, replay)
     finally:
         skeleton.unload(site.parameters)

@@ -110,16 +110,26 @@ class Checkpoint:
             stream.seek(info.offset)
             _read_into(stream, data.numpy().data, info)
         tensor = data.view(getattr(torch, info.dtype)).reshape(info.shape)
-        # The sum of a tensor tells far more cheaply than a test of each element; one that overflows falls to the test.
-        wide = tensor.float() if info.nbytes == tensor.numel() and info.is_floating else tensor  # torch adds no 8 bits
-        if info.is_floating and not (torch.isfinite(wide.sum()) or torch.isfinite(wide).all()):
-            bad = int((~torch.isfinite(wide)).sum())
+        if info.is_floating and not _is_finite(tensor):
+            bad = int((~torch.isfinite(tensor.float())).sum())
             raise LlmoptError(
                 f"weight `{name}` holds NaN or Inf",
                 where=f"{bad} of {tensor.numel()} values, in {info.shard.name}",
                 hint=_FETCH_AGAIN,
             )
         return tensor
+
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """Yield a matrix, (count, columns) at a time, without holding it whole.
+
+        Raises:
+            LlmoptError: it holds NaN or Inf.
+        """
+        info = self.tensors[name]
+        for piece in self.pieces(name, count * info.shape[1]):
+            if info.is_floating and not _is_finite(piece):
+                self.read(name)  # which says how many
+            yield piece.view(-1, info.shape[1])
 
     def pieces(self, name: str, length: int) -> Iterator[Tensor]:
         """Yield a tensor's elements in their order, (up to `length`,) at a time; nothing is checked."""
@@ -189,6 +199,15 @@ def _read_into(stream: RawIOBase, buffer: memoryview, info: TensorInfo) -> None:
         if not count:
             raise _damaged(info.shard, "it became shorter while it was read")
         position += count
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether floating-point numbers hold neither NaN nor Inf."""
+    import torch
+
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch adds no 8 bits
+    # The sum of a tensor tells far more cheaply than a test of each element; one that overflows falls to the test.
+    return bool(torch.isfinite(wide.sum())) or bool(torch.isfinite(wide).all())
 
 
 def _weight_map(path: Path) -> Mapping[str, str]:

@@ -133,6 +133,23 @@ class TorchModel:
                 tensor[index] = self._cast(name, self.store.get_changed(f"{expert}.weight"))
         return tensor
 
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """Yield a checkpoint matrix as `read` returns it, (count, columns) at a time, not whole in memory if untouched.
+
+        Raises:
+            LlmoptError: as for `read`.
+        """
+        touched = name in self.store.changed or name.removesuffix(".weight") in self.store.grids
+        if touched or self.stored_dtype(name) != self.checkpoint.tensors[name].dtype:
+            yield from self.read(name).split(count)
+        else:
+            yield from self.checkpoint.rows(name, count)
+
+    def widened(self, name: str) -> Tensor:
+        """Return what `read` does, but a quantized layer in float32: for those that compute with it."""
+        layer = name.removesuffix(".weight")
+        return self._stored(layer, torch.float32) if layer in self.store.grids else self.read(name)
+
     def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         """Yield every weight once, in the checkpoint's order."""
         for name in self.checkpoint.tensors:
@@ -193,10 +210,10 @@ class TorchModel:
                 if path.is_file() and path.name not in _NOT_SIDE_FILES:
                     shutil.copyfile(path, directory / path.name)
 
-    def _stored(self, layer: str) -> Tensor:
-        """Return a quantized layer, dequantized, the way round in which the checkpoint stores it."""
+    def _stored(self, layer: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a quantized layer, dequantized, the way round in which the checkpoint stores it; `dtype` may widen."""
         quantized = self.store.get(layer)
-        weight = torch.empty(quantized.shape, dtype=quantized.scale.dtype)
+        weight = torch.empty(quantized.shape, dtype=dtype or quantized.scale.dtype)
         dequantize_into(weight, quantized)
         return weight.T.contiguous() if layer in self.store.transposed else weight
 

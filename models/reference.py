@@ -17,7 +17,7 @@ from .skeleton import BlockSite, Skeleton
 
 def reference_outputs(model: TorchModel, inputs: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Run the model as the passes left it; see `streamed_outputs`."""
-    return streamed_outputs(model.skeleton(), model.read, inputs)
+    return streamed_outputs(model.skeleton(), model.widened, inputs)
 
 
 def streamed_outputs(

@@ -122,14 +122,32 @@ class Replay:
             self._finished.append([])
         self._finished[-1].append(site)
 
-    def answer(self, site: BlockSite, index: int, made: Any, read: Callable[[str], Tensor]) -> Answer:
+    def answer(
+        self,
+        site: BlockSite,
+        index: int,
+        made: Any,
+        read: Callable[[str], Tensor],
+        *,
+        later_blocks: bool,
+        tokens: int | None = None,
+    ) -> Answer:
         """Run the model on a batch from block `site` on; see `outputs`."""
-        outputs = self.outputs(site, index, made, read)
+        outputs = self.outputs(site, index, made, read, later_blocks=later_blocks, tokens=tokens)
         if "logits" in outputs:
             return Answer(torch.log_softmax(outputs["logits"].float(), -1), True)
         return Answer(next(iter(outputs.values())), False)
 
-    def outputs(self, site: BlockSite, index: int, made: Any, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    def outputs(
+        self,
+        site: BlockSite,
+        index: int,
+        made: Any,
+        read: Callable[[str], Tensor],
+        *,
+        later_blocks: bool = True,
+        tokens: int | None = None,
+    ) -> dict[str, Tensor]:
         """Run the model on a batch from block `site` on, the blocks after it loaded one after another.
 
         Args:
@@ -137,13 +155,17 @@ class Replay:
             index: the batch.
             made: what the block returns.
             read: gives a checkpoint tensor by name.
+            later_blocks: run the later blocks of the stack; otherwise what follows them reads `made`.
+            tokens: as in `call`.
         """
         stack = next(stack for stack in self._skeleton.stacks if any(one is site for one in stack))
-        upto = stack[: next(at for at, one in enumerate(stack) if one is site) + 1]
-        stubs = dict(self._stubs(index)) | {one.module: lambda *_, **__: made for one in upto}
+        upto = stack[: next(at for at, one in enumerate(stack) if one is site) + 1] if later_blocks else stack
+        rows = None if tokens is None else self._rows_of(index, tokens)
+        stubs = dict(self._stubs(index, rows)) | {one.module: lambda *_, **__: made for one in upto}
+        batch = {name: tensor[:rows] for name, tensor in self._batches[index].items()}
         later = [one for one in self._skeleton.sites if one.module not in stubs]
         with _replaced(list(stubs.items())), _in_turn(self._skeleton, later, read), torch.no_grad():
-            outputs = self._skeleton.model(**self._batches[index], return_dict=True)
+            outputs = self._skeleton.model(**batch, return_dict=True)
         return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
     def _rows_of(self, index: int, tokens: int) -> int:

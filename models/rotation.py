@@ -124,7 +124,7 @@ class _Rotator:
 
     def _block(self, site: BlockSite, *, first: bool) -> None:
         skeleton, model = self._skeleton, self._model
-        with loaded(skeleton, site, model.read, model.facts.dtype, self._replay) as block:
+        with loaded(skeleton, site, model, self._replay) as block:
             made = _run(site, self._replay.call(site, 0))
             turns = Turns()
             roles = self._find_stream(site, turns) if self._residual is not None else Roles()

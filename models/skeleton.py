@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from ..core.activations import QuantizedCache, QuantizedInput
@@ -356,7 +357,7 @@ def _empty_model(config: Any, location: Location) -> PreTrainedModel:
         )
     kind = model_class(config, location)
     try:
-        with quiet(), init_empty_weights(include_buffers=False):
+        with quiet(), init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
     except _CONFIG_ERRORS as error:
         raise _no_model(location, error) from error

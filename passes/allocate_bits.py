@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -48,8 +48,9 @@ class AllocateBitsParams(Params, frozen=True, kw_only=True):
     measure: Annotated[
         Literal["block", "kl"],
         Meta(
-            description="What tells how much a layer matters when it alone is rounded: the error of its block's output "
-            "(`block`), or the KL divergence of the model's answers (`kl`), for which the rest of the model is run."
+            description="What tells how much a layer matters when it alone is rounded: the KL divergence of the "
+            "model's answers with the later blocks left out (`block`), or run too (`kl`), which takes time with the "
+            "square of their number."
         ),
     ] = "block"
 
@@ -163,7 +164,7 @@ class AllocateBits(SurveyPass[AllocateBitsParams]):
         for part in parts.values():
             if not part.linears:
                 continue
-            loss = self._loss(block, part.trial)
+            loss = block.divergence(part.trial, later_blocks=self.params.measure == "kl")
             part.trial.clear()
             reference = part.errors[self._trial_bits()]
             options = {
@@ -241,20 +242,6 @@ class AllocateBits(SurveyPass[AllocateBitsParams]):
         if factor is None:
             return lambda weight, grid: round_to_nearest(weight, grid, dtype, clip=clip)
         return lambda weight, grid: gptq(weight, factor, grid, dtype, clip=clip)[0]
-
-    def _loss(self, block: Block, weights: Mapping[Linear, Tensor]) -> float:
-        import torch
-
-        if self.params.measure == "kl":
-            return block.divergence(weights)
-        errors: list[float] = []
-        with torch.no_grad():
-            for batch in range(min(block.batches, 2)):
-                expected, made = block.output(batch), block.output(batch, weights)
-                # The next block normalizes each token before it reads it: the error counts relative to its length.
-                energy = expected.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-                errors.append(float(((made - expected).square().sum(-1) / energy).mean()))
-        return sum(errors) / len(errors)
 
     def _grid(self, name: str, bits: int) -> Grid:
         assert self._quantizer is not None, "prepare() found it"

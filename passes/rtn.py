@@ -23,15 +23,16 @@ class Rtn(WeightPass[RtnParams]):
         """Quantize `linears`."""
         import torch
 
-        from .numerics.grid import round_to_nearest
+        from .numerics.grid import round_rows, rows_in_cache
 
         result = PassResult()
         dtype = getattr(torch, block.dtype)
         chosen = [(linear, self.scheme(linear.name, context.allocation)) for linear in linears]
         tops = largest_weights(block, chosen)
         for linear, grid in chosen:
-            weight, top = block.stored(linear), tops.get(linear)
-            quantized = round_to_nearest(weight, grid, dtype, clip=self.params.clip == "mse", largest=top)
+            shape, top = (linear.out_features, linear.in_features), tops.get(linear)
+            parts = block.rows(linear, rows_in_cache(*shape, grid))
+            quantized = round_rows(parts, shape, grid, dtype, clip=self.params.clip == "mse", largest=top)
             block.quantize(linear, quantized)
             result.changed.append(linear.name)
         return result

@@ -7,6 +7,7 @@ import platform
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any, cast
@@ -163,6 +164,7 @@ def _run_exports(
                 reporter.note(f"{one.name}: {note}")
         for note in result.notes:
             reporter.note(f"{exporter.name}: {note}")
+        files = in_background(partial(file_records, directory))
         drop = max((drop for one in applied if (drop := one.drop()) is not None), default=None)
         with reporter.step(f"verifying {exporter.name} in {exporter.opened_in()}", 1) as step:
             parity = compare(exporter, model, directory, reference, drop=drop)
@@ -175,7 +177,7 @@ def _run_exports(
                 notes=result.notes,
                 verification=parity,
                 passes=[_pass_record(one, made) for one, made in zip(applied, results, strict=True)],
-                files=file_records(directory),
+                files=files(),
             )
         )
     return records

@@ -58,7 +58,7 @@ def run_sweep(
             for site, following in zip_longest(stack, stack[1:]):
                 if following is not None:
                     model.checkpoint.prefetch(skeleton.naming.sources_of(following.parameters))
-                with loaded(skeleton, site, model.read, model.facts.dtype, replay) as block:
+                with loaded(skeleton, site, model, replay) as block:
                     for one, result in zip(passes, results, strict=True):
                         result.absorb(_run(one, block, context))
                     if replay is not None and site is not last:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -118,13 +119,36 @@ def round_to_nearest(
         importance: as in `fit_scales`.
         largest: as in `fit_scales`.
     """
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    fitted: list[Scales] = []
-    height = grid.group_height(len(weight))
-    rows = max(1, _IN_CACHE // weight.shape[1] // height) * height
     if grid.number == "nvfp4" and largest is None:
         largest = float(weight.abs().max())
-    for part, made in zip(weight.split(rows), codes.split(rows), strict=True):
+    shape = weight.shape[0], weight.shape[1]
+    parts = weight.split(rows_in_cache(*shape, grid))
+    return round_rows(parts, shape, grid, dtype, clip=clip, importance=importance, largest=largest)
+
+
+def rows_in_cache(out_features: int, in_features: int, grid: Grid) -> int:
+    """Return how many rows of a weight to round at a time, a multiple of those that share scales."""
+    height = grid.group_height(out_features)
+    return max(1, _IN_CACHE // in_features // height) * height
+
+
+def round_rows(
+    parts: Iterable[Tensor],
+    shape: tuple[int, int],
+    grid: Grid,
+    dtype: torch.dtype,
+    *,
+    clip: bool = False,
+    importance: Tensor | None = None,
+    largest: float | None = None,
+) -> QuantizedWeight:
+    """Quantize a weight of `shape` that comes `rows_in_cache` rows at a time; see `round_to_nearest`.
+
+    Nvfp4 needs to be told `largest`, which no part shows.
+    """
+    codes = torch.empty(shape, dtype=torch.uint8)
+    fitted: list[Scales] = []
+    for part, made in zip(parts, codes.split(rows_in_cache(*shape, grid)), strict=True):
         wide = part.float()
         fitted.append(fit_scales(wide, grid, dtype, clip=clip, importance=importance, largest=largest))
         made.copy_(encode(round_to(wide, fitted[-1]), grid))
@@ -177,7 +201,8 @@ def nearest_number(values: Tensor, number: Number) -> Tensor:
 def encode(levels: Tensor, grid: Grid) -> Tensor:
     """Return the codes of levels, uint8."""
     if grid.number == "int":
-        return levels.to(torch.uint8)
+        # Signed bytes are converted by vector instructions, unsigned ones one at a time.
+        return levels.to(torch.uint8) if grid.bits == 8 else levels.to(torch.int8).view(torch.uint8)
     levels = levels.float() + 0.0  # there is one zero: -0 + 0 = 0
     if grid.number == "fp8":
         return levels.to(torch.float8_e4m3fn).view(torch.uint8)

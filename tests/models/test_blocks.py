@@ -48,7 +48,7 @@ def last_block(model, rows):
     with outside_on_demand(skeleton, model.read):
         for stack in skeleton.stacks:
             for site in stack:
-                with loaded(skeleton, site, model.read, "float32", replay) as block:
+                with loaded(skeleton, site, model, replay) as block:
                     if site is skeleton.sites[-1]:
                         yield block
                     replay.finish(site, first=site is stack[0])
@@ -107,12 +107,15 @@ def test_weights_are_the_checkpoints(name, family, tmp_path):
     transposed = {linear.name for linear in model.facts.linears if linear.transposed}
     assert bool(transposed) == (name == "gpt2")
     for site in skeleton.sites:
-        with loaded(skeleton, site, model.read, "float32", None) as block:
+        with loaded(skeleton, site, model, None) as block:
             for linear in block.linears:
                 stored = model.checkpoint.read(f"{linear.name}.weight")
+                read = torch.cat(list(block.rows(linear, 7)))  # from the checkpoint, and then what is in memory
                 weight = block.weight(linear)
                 assert weight.shape == (linear.out_features, linear.in_features)
                 assert weight.equal(stored.T if linear.name in transposed else stored)
+                assert weight.equal(read)
+                assert weight.equal(torch.cat(list(block.rows(linear, 7))))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral"])

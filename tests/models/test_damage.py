@@ -255,6 +255,9 @@ class TestWeights:
         assert error.what == f"weight `{UP}` holds NaN or Inf"
         assert error.where == "1 of 6144 values, in model.safetensors"
         assert error.hint == AGAIN
+        with pytest.raises(LlmoptError) as caught:
+            list(Checkpoint(folder).rows(UP, 1))
+        assert str(caught.value) == str(error)
 
     def test_a_large_sum_is_no_infinity(self, model):
         retensor(model, lambda tensors: tensors.update({UP: torch.full((96, 64), 3e38)}))

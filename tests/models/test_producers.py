@@ -39,7 +39,7 @@ def last_block(model, rows):
     with outside_on_demand(skeleton, model.read):
         for stack in skeleton.stacks:
             for site in stack:
-                with loaded(skeleton, site, model.read, "float32", replay) as block:
+                with loaded(skeleton, site, model, replay) as block:
                     if site is skeleton.sites[-1]:
                         yield block
                     replay.finish(site, first=site is stack[0])

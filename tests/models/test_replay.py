@@ -60,7 +60,7 @@ def test_every_block_gets_what_the_whole_model_gives_it(name, family, tmp_path):
     with outside_on_demand(skeleton, model.read):
         for stack in skeleton.stacks:
             for site in stack:
-                with loaded(skeleton, site, model.read, "float32", replay) as block:
+                with loaded(skeleton, site, model, replay) as block:
                     for stage in block.stages():  # what passes do in between leaves the samples as they are
                         block.collect(stage, lambda *_: None)
                     for index in range(len(inputs)):
@@ -78,9 +78,33 @@ def test_nothing_stays_in_memory(family, tmp_path):
     replay = Replay(skeleton, batches(random_rows(), decoder=False))
     with outside_on_demand(skeleton, model.read):
         for site in skeleton.stacks[0]:
-            with loaded(skeleton, site, model.read, "float32", replay):
+            with loaded(skeleton, site, model, replay):
                 inside = {name for name, value in skeleton.model.named_parameters() if not value.is_meta}
                 replay.finish(site, first=site.name.endswith(".0"))
                 outside = set(skeleton.outside)
                 assert {name for name in inside if name not in outside} == set(site.parameters)
     assert all(value.is_meta for value in skeleton.model.parameters())
+
+
+def test_answers_without_the_later_blocks(family, tmp_path):
+    """Left out, the later blocks do nothing: the head answers to what the block returns. After the last all is one."""
+    model = open_model(family("llama"), tmp_path)
+    skeleton, whole = model.skeleton(), model.materialize()
+    replay = Replay(skeleton, batches(random_rows(), decoder=False))
+    found = {}
+    with outside_on_demand(skeleton, model.read):
+        for site in skeleton.stacks[0]:
+            with loaded(skeleton, site, model, replay) as block:
+                other = {linear: 1.1 * block.weight(linear) for linear in block.linears[:2]}
+                found[site.name] = [block.divergence(other, later_blocks=later) for later in (True, False)]
+                with torch.no_grad():
+                    logs = [
+                        torch.log_softmax(whole.lm_head(whole.model.norm(states)), -1)
+                        for states in (block.output(0), block.output(0, other))
+                    ]
+                expected = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()
+                assert found[site.name][1] == pytest.approx(float(expected), rel=1e-3)
+                replay.finish(site, first=site is skeleton.stacks[0][0])
+    first, *_, last = found.values()
+    assert last[0] == pytest.approx(last[1])
+    assert first[0] != pytest.approx(first[1], rel=1e-3)

@@ -159,7 +159,7 @@ def test_other_weights_are_for_one_call_only(family, tmp_path):
         skeleton = model.skeleton()
         site = skeleton.sites[0]
         replay = Replay(skeleton, batches(random_rows(4, 24), decoder=False))
-        with outside_on_demand(skeleton, model.read), loaded(skeleton, site, model.read, "float32", replay) as block:
+        with outside_on_demand(skeleton, model.read), loaded(skeleton, site, model, replay) as block:
             before = block.output(0)
             given = {linear: block.weight(linear).clone().requires_grad_() for linear in block.linears}
             same = block.output(0, given)
