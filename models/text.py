@@ -56,6 +56,16 @@ def batches(rows: Sequence[Sequence[int]], *, decoder: bool, tokens: int = 2048)
     return made
 
 
+def padded_batch(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Return the beginnings of rows, each shorter than the one before it, padded to the first with a mask."""
+    lengths = [max(1, len(row) * (len(rows) - index) // len(rows)) for index, row in enumerate(rows)]
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+    for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        ids[at, :length] = torch.tensor(list(row[:length]))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+    return {"input_ids": ids, "attention_mask": mask.to(torch.int64)}
+
+
 def random_rows(vocabulary: int, *, rows: int, length: int, seed: int) -> list[list[int]]:
     """Return rows of random token ids, for comparing two forms of one model where no text is at hand."""
     generator = torch.Generator().manual_seed(seed)

@@ -19,7 +19,7 @@ from ..exporters.dummy_inputs import sample_inputs
 from ..models.handle import TorchModel
 from ..models.locate import context_length
 from ..models.reference import reference_outputs, streamed_outputs
-from ..models.text import batches, random_rows
+from ..models.text import batches, padded_batch, random_rows
 from ..models.unpacked import UnpackedFolder, same_weights
 from ..runtimes import RUNTIMES
 from .memory import WHOLE_BYTES
@@ -74,7 +74,9 @@ def make_reference(model: TorchModel, rows: Sequence[Sequence[int]], seed: int) 
         cut = [list(row[:length]) for row in rows[:count]]
         samples = "held-out calibration text" if cut else "random token ids"
         cut = cut or random_rows(vocabulary, rows=count, length=length, seed=seed)
-        inputs = batches(cut, decoder=bool(skeleton.config.is_encoder_decoder))
+        inputs = batches(cut, decoder=skeleton.has_decoder)
+        if model.location.sentence is not None:
+            inputs.append(padded_batch(cut))
     kind = type(skeleton.model).__name__
     del skeleton
     outputs = reference_outputs(model, inputs)
@@ -85,6 +87,9 @@ def make_reference(model: TorchModel, rows: Sequence[Sequence[int]], seed: int) 
                 where=f"computed from {samples}, in float32",
                 hint="the model overflows: check its weights",
             )
+    for batch, made in zip(inputs, outputs, strict=True):
+        if "attention_mask" in batch:
+            made.pop("last_hidden_state", None)  # what a padding token's state is means nothing
     return Reference(inputs, outputs, samples)
 
 

@@ -143,6 +143,8 @@ def load(
     finally:
         transformers.logging.set_verbosity(level)
     missing = [str(key) for key in (info.get("missing_keys") or ())]
+    if missing and all(key.startswith("pooler.") for key in missing):
+        missing, model.pooler = [], None  # a base model without a pooler gives hidden states alone
     if missing or info.get("mismatched_keys"):
         wrong = missing or [str(key) for key in info["mismatched_keys"]]
         raise LlmoptError(f"transformers finds weights missing in `{directory}`", where=", ".join(sorted(wrong)[:5]))
