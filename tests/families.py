@@ -233,7 +233,7 @@ def save_sentence_folder(
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for index, (path, kind) in enumerate(modules)
     ]
-    files["sentence_bert_config.json"] = {"max_seq_length": 32, "do_lower_case": False}
+    files["sentence_bert_config.json"] = {"max_seq_length": 64, "do_lower_case": False}
     for path, content in files.items():
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text(json.dumps(content), encoding="utf-8")

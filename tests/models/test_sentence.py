@@ -78,7 +78,7 @@ def test_the_transformer_may_have_a_folder_of_its_own(tmp_path):
     again = read_sentence(made)
     assert again.transformer == made
     assert again.pooling == ("mean",)
-    assert json.loads((made / "sentence_bert_config.json").read_text())["max_seq_length"] == 32
+    assert json.loads((made / "sentence_bert_config.json").read_text())["max_seq_length"] == 64
 
 
 def test_another_task_leaves_the_pooling_out(tmp_path):
