@@ -7,7 +7,7 @@ file. A finished window is on disk; a run that was killed begins with the one af
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -28,12 +28,15 @@ from .background import in_background
 from .batching import SIZE, BatchingParams, Cost, padded_tokens
 from .costs import SECONDS, measure_costs
 from .jobs import Generation, Job, job_of
-from .journal import Journal, Totals, check_file, key_of
+from .journal import ENDINGS, Journal, Totals, check_file, key_of
 from .output import file_records
 from .texts import Encoded, Encoder, Texts, longest_text, open_texts
 
 WINDOW = 2048
 """Texts that are sorted and batched together."""
+
+_ALONE = 32
+"""The same where each text takes long: what an interrupted run loses."""
 
 _PROFILE_SECONDS = 0.001
 """How long costs may be measured for each text of the file."""
@@ -86,7 +89,7 @@ def infer(
     check_file(output, force=force, source=texts.first.path)
     job, encoder = _prepare(artifact, options)
     count = _count(texts, job.tokenizer, reporter)
-    journal = Journal(output, _key(artifact, texts, options))
+    journal = Journal(output, _key(artifact, texts, output, options))
     if journal.resume():
         reporter.note(f"what an earlier run left at {output}.partial was made from something else: begun anew")
     done = journal.totals.texts
@@ -99,7 +102,7 @@ def infer(
             step.advance(done)
             budget = min(SECONDS, _PROFILE_SECONDS * count)
             run = _Run(session, job, encoder, options.batching or BatchingParams(), step, journal, budget)
-            for window in _windows(islice(texts.read(job.tokenizer), done, None)):
+            for window in _windows(islice(texts.read(job.tokenizer), done, None), _ALONE if job.alone else WINDOW):
                 run.window(window)
         journal.finish()
     finally:
@@ -154,11 +157,12 @@ def _count(texts: Texts, tokenizer: Any, reporter: Reporter) -> int:
     return count
 
 
-def _key(artifact: Artifact, texts: Texts, options: InferOptions) -> Any:
+def _key(artifact: Artifact, texts: Texts, output: Path, options: InferOptions) -> Callable[[], str]:
     """Return a function that tells what the results are made from; files are hashed beside the work."""
 
     def key() -> str:
-        records = file_records(artifact.directory)
+        own = frozenset({output.name, *(f"{output.name}{ending}" for ending in ENDINGS)})  # it may lie in there
+        records = file_records(artifact.directory, skip=own)
         parts = {
             "llmopt": version("llmopt"),
             "runtime": artifact.runtime().version(),
@@ -175,9 +179,9 @@ def _key(artifact: Artifact, texts: Texts, options: InferOptions) -> Any:
 
 
 def _windows(
-    texts: Iterator[tuple[Document, Document | None]],
+    texts: Iterator[tuple[Document, Document | None]], size: int
 ) -> Iterator[list[tuple[Document, Document | None]]]:
-    while window := list(islice(texts, WINDOW)):
+    while window := list(islice(texts, size)):
         yield window
 
 

@@ -17,6 +17,9 @@ import msgspec
 
 from ..core.errors import UsageError
 
+ENDINGS = (".partial", ".partial.json")
+"""What is added to the name of the output for the files beside it."""
+
 _ANOTHER = "give another file with -o"
 
 
@@ -57,8 +60,7 @@ class Journal:
 
     def __init__(self, output: Path, key: Callable[[], str]) -> None:
         self._output = output
-        self._partial = output.with_name(f"{output.name}.partial")
-        self._state = output.with_name(f"{output.name}.partial.json")
+        self._partial, self._state = (output.with_name(f"{output.name}{ending}") for ending in ENDINGS)
         self._key = key
         self.totals = Totals()
 

@@ -142,6 +142,21 @@ def test_labels_that_do_not_exclude_each_other(artifacts, texts, tmp_path):
         assert np.abs(np.array(list(row["scores"].values())) - 1 / (1 + np.exp(-outputs["logits"][0]))).max() < 1e-5
 
 
+def test_a_model_folder_in_transformers(texts, tmp_path):
+    """Another runtime, and a model without token types whose tokenizer makes them."""
+    folder = save_head("distilbert", "DistilBertForSequenceClassification", tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": names}))
+    assert "token_type_ids" in load_tokenizer(folder)("fox")
+    report, rows = run(folder, texts, tmp_path / "out.jsonl")
+    assert report["runtime"].startswith("transformers ")
+    build(recipe(folder, export=("onnx", {})), tmp_path / "onnx")
+    _, expected = run(tmp_path / "onnx", texts, tmp_path / "expected.jsonl")
+    for row, other in zip(rows, expected, strict=True):
+        assert row["scores"] == pytest.approx(other["scores"], abs=1e-5)
+
+
 def test_pairs(artifacts, tmp_path):
     artifact = artifacts("bert", "BertForSequenceClassification", id2label={0: "no", 1: "maybe", 2: "yes"})
     path = tmp_path / "pairs.jsonl"
@@ -249,6 +264,18 @@ def test_a_killed_run_goes_on_where_it_was(killed, texts, tmp_path):
     assert rows == expected
     assert not partial.exists()
     assert not (tmp_path / "out.jsonl.partial.json").exists()
+
+
+def test_the_output_may_lie_in_the_artifact(artifacts, texts, tmp_path, monkeypatch):
+    artifact = tmp_path / "copy"
+    shutil.copytree(artifacts("bert", "sentence"), artifact)
+    monkeypatch.setattr(module, "WINDOW", 8)
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(artifact, texts, artifact / "out.jsonl", batching="fixed", batch_size=8)
+    report, _ = run(artifact, texts, artifact / "out.jsonl", batching="fixed", batch_size=8)
+    assert report["resumed_texts"] == 8
 
 
 @pytest.mark.parametrize("changed", ["options", "input", "artifact", "journal", "rows"])
