@@ -17,6 +17,7 @@ COMMANDS = {
     "run": "Run a recipe.",
     "plan": "Show what a recipe will do, and refuse what cannot work.",
     "verify": "Check an artifact again: its files, its weights, its outputs.",
+    "infer": "Compute embeddings, classes or text for a file of texts.",
     "eval": "Measure how well a model or an artifact predicts text.",
     "bench": "Measure load time, speed and memory of a model or an artifact.",
     "inspect": "Show what a model or an artifact is made of.",

@@ -22,6 +22,13 @@ def command(
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Threads to compute with. [default: all cores]")
     ] = None,
+    input: Annotated[  # noqa: A002  (the name of the option)
+        str | None,
+        typer.Option(
+            "--input", "-i", metavar="FILE", help="For encoders: measure the first 64 texts of a file, 8 at once."
+        ),
+    ] = None,
+    column: Annotated[str | None, typer.Option(metavar="NAME", help="The column that holds the text.")] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -29,7 +36,8 @@ def command(
     """Measure load time, speed and memory of a model or an artifact.
 
     Shows medians: time to load, size on disk, tokens a second while the prompt is read and while text is generated (for
-    models that do not generate: sequences a second), and peak memory.
+    models that do not generate: texts and tokens a second, how far batches are filled, and the latency of a batch), and
+    peak memory.
 
         llmopt bench my-llama-int4 --against ./my-llama
     """
@@ -44,6 +52,8 @@ def command(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         threads=threads,
+        data=input,
+        column=column,
         reporter=screen.reporter,
     )
     screen.show(report_sections(report), report)

@@ -63,5 +63,5 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether the config says encoder-decoder."""
-        return bool(self.config.get("is_encoder_decoder"))
+        """Whether the model has an encoder and a decoder; a class may take the encoder alone (T5EncoderModel)."""
+        return bool(self.config.get("is_encoder_decoder")) and not self.architecture.endswith("EncoderModel")

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
 
 from .params import Params
+
+Task = Literal[
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "feature-extraction",
+    "sentence-similarity",
+    "fill-mask",
+    "text2text-generation",
+    "text-generation",
+    "image-classification",
+    "automatic-speech-recognition",
+]
+TASKS: tuple[Task, ...] = get_args(Task)
 
 
 class ModelSpec(Params, frozen=True, kw_only=True):
@@ -16,6 +30,13 @@ class ModelSpec(Params, frozen=True, kw_only=True):
     id: Annotated[str, Meta(description="A local folder or a hub id.")]
     revision: Annotated[str | None, Meta(description="Branch, tag or commit on the hub.")] = None
     trust_remote_code: Annotated[bool, Meta(description="Run Python code that comes with the model.")] = False
+    task: Annotated[
+        Task | None,
+        Meta(
+            description="What the model is used for, which decides its head; as its files say when left out. "
+            "sentence-similarity gives embeddings of whole texts."
+        ),
+    ] = None
 
 
 class CalibrationSpec(Params, frozen=True, kw_only=True):

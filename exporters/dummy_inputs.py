@@ -65,7 +65,7 @@ def sample_inputs(model: Any, *, past: int = 0) -> Sample:
             where=type(model).__name__,
             hint="models that take input_ids, pixel_values, input_features or input_values can be exported",
         )
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder and "decoder_input_ids" in accepted(model):
         # Not the encoder's length: equal sizes would be taken for one axis.
         tensors["decoder_input_ids"] = _token_ids(model, (BATCH, SEQUENCE + 1))
         axes["decoder_input_ids"] = {0: "batch", 1: "decoder_sequence"}

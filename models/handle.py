@@ -23,11 +23,19 @@ from ..core.progress import Reporter
 from ..core.quantized import Grid, QuantizedWeight
 from .checkpoint import INDEX, Checkpoint
 from .locate import Location
+from .sentence import MODULES
 from .skeleton import Skeleton, own_experts_choice
 from .store import WorkStore, dequantize_into
 
 _SIDE_FILES = ("*.json", "vocab*.txt", "merges.txt", "*.model", "*.jinja", "*.tiktoken")
-_NOT_SIDE_FILES = {"config.json", INDEX, "pytorch_model.bin.index.json", "llmopt.json", "llmopt.reference.json"}
+_NOT_SIDE_FILES = {
+    "config.json",
+    INDEX,
+    "pytorch_model.bin.index.json",
+    "llmopt.json",
+    "llmopt.reference.json",
+    MODULES,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +204,7 @@ class TorchModel:
         return skeleton.model.to(getattr(torch, dtype))
 
     def save_side_files(self, directory: Path, *, config_changes: Mapping[str, Any] | None = None) -> None:
-        """Write config.json (with changes), generation config, tokenizer and processor files."""
+        """Write config.json (with changes), generation config, tokenizer, processor and sentence-transformers files."""
         config = dict(self.facts.config)
         if self.dtype is not None:
             config.pop("torch_dtype", None)
@@ -209,6 +217,8 @@ class TorchModel:
             for path in sorted(self.location.folder.glob(pattern)):
                 if path.is_file() and path.name not in _NOT_SIDE_FILES:
                     shutil.copyfile(path, directory / path.name)
+        if self.location.sentence is not None:
+            self.location.sentence.save(directory)
 
     def _stored(self, layer: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a quantized layer, dequantized, the way round in which the checkpoint stores it; `dtype` may widen."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import LlmoptError, UsageError
-from ..core.recipe import ModelSpec
+from ..core.recipe import ModelSpec, Task
+from .sentence import Sentence, is_sentence_folder, read_sentence
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _SNAPSHOT = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -25,12 +26,16 @@ class Location:
         source: what the user wrote.
         revision: the commit, for a hub repository.
         trust_remote_code: whether Python code of the model may run.
+        task: what the model is used for, where that is not what config.json says.
+        sentence: how it makes embeddings of texts, None when it does not.
     """
 
     folder: Path
     source: str
     revision: str | None = None
     trust_remote_code: bool = False
+    task: Task | None = None
+    sentence: Sentence | None = None
 
 
 def locate(spec: ModelSpec) -> Location:
@@ -50,8 +55,13 @@ def locate(spec: ModelSpec) -> Location:
         revision = folder.name
     else:
         raise UsageError(f"no model at `{spec.id}`", hint=_missing_hint(path))
+    if is_sentence_folder(folder) and spec.task in {None, "sentence-similarity"}:
+        sentence = read_sentence(folder)
+        check_folder(sentence.transformer, spec)
+        task = "sentence-similarity"
+        return Location(sentence.transformer, spec.id, revision, spec.trust_remote_code, task, sentence)
     check_folder(folder, spec)
-    return Location(folder, spec.id, revision, spec.trust_remote_code)
+    return Location(folder, spec.id, revision, spec.trust_remote_code, spec.task)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..core.facts import LinearFacts, ModelFacts
 from .checkpoint import Checkpoint, TensorInfo
 from .locate import Location, read_config
+from .tasks import architecture_for
 
 _TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tokenizer_config.json"}
@@ -24,7 +25,7 @@ _SMALLEST = 16
 
 
 def outline(location: Location, checkpoint: Checkpoint) -> ModelFacts:
-    """Return what config.json and the shard headers tell."""
+    """Return what config.json and the shard headers tell; config.json as it will be written, with the task's class."""
     config = read_config(location.folder)
     tensors = checkpoint.tensors
     stacks = block_lists(tensors)
@@ -36,11 +37,13 @@ def outline(location: Location, checkpoint: Checkpoint) -> ModelFacts:
     dtypes: Counter[str] = Counter()
     for info in tensors.values():
         dtypes[info.dtype] += info.nbytes
-    architectures = config.get("architectures") or [""]
+    architecture = architecture_for(location, config)
+    if architecture:
+        config = {**config, "architectures": [architecture]}
     return ModelFacts(
         source=location.source,
         model_type=str(config.get("model_type", "")),
-        architecture=str(architectures[0]),
+        architecture=architecture,
         dtype=dtypes.most_common(1)[0][0],
         parameters=sum(info.nbytes // _width(info) for info in tensors.values()),
         bytes=checkpoint.nbytes,

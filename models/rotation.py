@@ -342,7 +342,7 @@ def _gain(block: LoadedBlock, product: Product, producer: Producer, turns: Turns
 def _batches(skeleton: Skeleton, seed: int) -> list[dict[str, Tensor]]:
     length = min(_LENGTH, context_length(skeleton.config.to_dict()) or _LENGTH)
     rows = random_rows(skeleton.config.get_text_config().vocab_size, rows=_ROWS, length=length, seed=seed)
-    return batches(rows, decoder=bool(skeleton.config.is_encoder_decoder))
+    return batches(rows, decoder=skeleton.has_decoder)
 
 
 def _stored_name(skeleton: Skeleton, parameter: str) -> str:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from .checkpoint import Checkpoint
 from .locate import Location, read_config
 from .memory import trim
 from .naming import Naming, Rows
+from .pooling import drop_pooler, pool_sentences
 from .rounding import round_activations_of
+from .tasks import architecture_for
 
 _SMALLEST = 16
 _CONFIG_ERRORS = (
@@ -113,8 +116,10 @@ class Skeleton:
         self.config = load_config(location)
         if untied:
             self.config.tie_word_embeddings = False
-        self.model = _empty_model(self.config, location)
+        self.model = empty_model(self.config, location, checkpoint)
         self.naming = Naming(self.model, checkpoint)
+        if location.sentence is not None:
+            pool_sentences(self.model, location.sentence)
         self._aliases = _aliases(self.model)
         self.stacks = self._find_stacks()
         inside = {name for stack in self.stacks for site in stack for name in site.parameters}
@@ -127,6 +132,11 @@ class Skeleton:
     def sites(self) -> list[BlockSite]:
         """All blocks of all stacks."""
         return [site for stack in self.stacks for site in stack]
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the model reads a text with its encoder and another with its decoder."""
+        return bool(self.config.is_encoder_decoder) and "decoder_input_ids" in signature(self.model.forward).parameters
 
     def checkpoint_name(self, name: str) -> str | None:
         """Return the checkpoint tensor that a parameter is read from as it is; None when it is made of several."""
@@ -326,12 +336,12 @@ def _no_model(location: Location, error: Exception) -> UsageError:
 
 
 def model_class(config: Any, location: Location) -> Any:
-    """Return the model class that config.json names.
+    """Return the model class that config.json names, or that the task needs.
 
     Raises:
         UsageError: it names none that transformers has.
     """
-    name = (getattr(config, "architectures", None) or [""])[0]
+    name = architecture_for(location, {"architectures": getattr(config, "architectures", None)})
     if location.trust_remote_code and getattr(config, "auto_map", None):
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -348,7 +358,14 @@ def model_class(config: Any, location: Location) -> Any:
     return found
 
 
-def _empty_model(config: Any, location: Location) -> PreTrainedModel:
+def empty_model(config: Any, location: Location, checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return the model on the meta device, in eval mode.
+
+    A base model whose checkpoint has no pooler does without: transformers would make up its weights.
+
+    Raises:
+        UsageError: config.json makes no model.
+    """
     if getattr(config, "quantization_config", None):
         raise UsageError(
             f"`{location.source}` is quantized already",
@@ -361,6 +378,8 @@ def _empty_model(config: Any, location: Location) -> PreTrainedModel:
             model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
     except _CONFIG_ERRORS as error:
         raise _no_model(location, error) from error
+    if not any("pooler." in name for name in checkpoint.tensors):
+        drop_pooler(model)
     model.tie_weights()
     if _chooses_experts(model):
         model.set_experts_implementation("eager")  # one product an expert, so that each can be watched

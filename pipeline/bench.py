@@ -8,12 +8,21 @@ import platform
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import LlmoptError
+from ..core.errors import LlmoptError, UsageError
 from ..core.progress import Reporter
+from ..models.locate import read_config
 from .artifact import Artifact, open_artifact
+from .batching import fixed
+from .bench_worker import LATENCIES, generates
+from .texts import Encoded, Encoder, longest_text, open_texts
+
+_TEXTS, _BATCH = 64, 8
+"""How many texts of a file are measured with, and how many at once."""
 
 _RATIOS = {"load": "load_seconds", "size": "size_bytes", "peak_memory": "peak_memory_bytes"}
 _SPEEDS = {
@@ -32,6 +41,8 @@ def bench(
     new_tokens: int,
     threads: int | None,
     reporter: Reporter,
+    data: str | None = None,
+    column: str | None = None,
 ) -> dict[str, Any]:
     """Measure one artifact, or two in turns.
 
@@ -46,21 +57,27 @@ def bench(
         new_tokens: tokens to generate after it.
         threads: threads to compute with, all cores when None.
         reporter: shown progress.
+        data: a file of texts for an encoder, whose first ones are computed as they come; one length when None.
+        column: the column that holds the text.
 
     Raises:
+        UsageError: the texts cannot be used.
         LlmoptError: an artifact does not load or does not run.
     """
     artifacts = [open_artifact(one) for one in ([path] if against is None else [path, against])]
     for artifact in artifacts:
         artifact.runtime()  # refused before anything is started
-    options = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads}
+    options: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads}
+    if data is not None:
+        options["input"] = data
+    texts = [_texts(artifact, data, column) for artifact in artifacts]
     workers: list[_Worker] = []
     try:
         with reporter.step("measuring", (repeats + 2) * len(artifacts)) as step:
-            for artifact in artifacts:
-                workers.append(_Worker(artifact, options))
+            for artifact, own in zip(artifacts, texts, strict=True):
+                workers.append(_Worker(artifact, options, own))
                 step.advance(detail=f"loaded {artifact.directory}")
-            rounds: list[list[dict[str, float]]] = []
+            rounds: list[list[dict[str, Any]]] = []
             for index in range(repeats + 1):
                 rounds.append([worker.measure() for worker in workers])
                 step.advance(len(workers), detail=f"repeat {index} of {repeats}" if index else "warm-up")
@@ -76,6 +93,38 @@ def bench(
     return made
 
 
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """Texts as tokens, in batches; none for made-up ones."""
+
+    batches: list[list[Encoded]]
+    padding: int = 0
+
+
+def _texts(artifact: Artifact, data: str | None, column: str | None) -> _Texts:
+    """Read the first texts of a file with the artifact's own tokenizer."""
+    if data is None:
+        return _Texts([])
+    from ..models.text import load_tokenizer
+
+    config = read_config(artifact.directory)
+    if generates(config):
+        raise UsageError(
+            "--input is for encoders",
+            where=f"`{artifact.directory}` generates text",
+            hint="set the length of the prompt with --prompt-tokens",
+        )
+    texts = open_texts(data, column, None)
+    tokenizer = load_tokenizer(artifact.directory)
+    encode = Encoder(tokenizer, longest_text(artifact.directory, config, None))
+    read = (text for text in texts.read(tokenizer) if text[0].text.strip())
+    rows = encode(list(islice(read, _TEXTS)))
+    if not rows:
+        raise UsageError(f"`{data}` holds no texts", hint="name a file with texts in it")
+    padding = getattr(tokenizer, "pad_token_id", None)
+    return _Texts([[rows[at] for at in batch] for batch in fixed([len(row.ids) for row in rows], _BATCH)], padding or 0)
+
+
 def processor() -> str:
     """Return the processor's name."""
     info = Path("/proc/cpuinfo")
@@ -89,14 +138,14 @@ def processor() -> str:
 class _Worker:
     """An artifact loaded in a process of its own, so that its memory and its load time are its own."""
 
-    def __init__(self, artifact: Artifact, options: dict[str, Any]) -> None:
+    def __init__(self, artifact: Artifact, options: dict[str, Any], texts: _Texts) -> None:
         runtime = artifact.runtime()
         self._artifact = artifact
         self._runtime = runtime.version()
         environment = dict(os.environ)
         if options["threads"] is not None:
             environment["OMP_NUM_THREADS"] = str(options["threads"])
-        arguments = {"directory": str(artifact.directory), "runtime": runtime.name, **options}
+        arguments = {"directory": str(artifact.directory), "runtime": runtime.name, "padding": texts.padding, **options}
         self._process = subprocess.Popen(  # noqa: S603  (our own module)
             [sys.executable, "-m", "llmopt.pipeline.bench_worker", json.dumps(arguments)],
             stdin=subprocess.PIPE,
@@ -106,16 +155,21 @@ class _Worker:
             env=environment,
         )
         self._load_seconds = float(self._answer()["load_seconds"])
+        if texts.batches:
+            self._tell(json.dumps([[[text.ids, text.types] for text in batch] for batch in texts.batches]))
 
-    def measure(self) -> dict[str, float]:
+    def measure(self) -> dict[str, Any]:
         """Run one measurement."""
         return self._ask("measure")
 
-    def report(self, rounds: list[dict[str, float]]) -> dict[str, Any]:
-        """Return the medians."""
+    def report(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the medians; of an encoder's batches the latency that half of them, and 95 %, stay below."""
         directory = self._artifact.directory
         size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-        medians = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+        names = [name for name in rounds[0] if name != LATENCIES]
+        medians = {name: statistics.median(one[name] for one in rounds) for name in names}
+        if latencies := sorted(seconds for one in rounds for seconds in one.get(LATENCIES, ())):
+            medians |= {f"p{share}_{LATENCIES}": latencies[(len(latencies) - 1) * share // 100] for share in (50, 95)}
         peak = self._ask("memory")["peak_memory_bytes"]
         return {
             "path": str(directory),
@@ -132,11 +186,14 @@ class _Worker:
             self._process.terminate()
         self._process.communicate()
 
-    def _ask(self, what: str) -> dict[str, float]:
+    def _ask(self, what: str) -> dict[str, Any]:
+        self._tell(what)
+        return self._answer()
+
+    def _tell(self, what: str) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(what + "\n")
         self._process.stdin.flush()
-        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -153,7 +210,7 @@ class _Worker:
         )
 
 
-def _ratios(reports: list[dict[str, Any]], rounds: list[list[dict[str, float]]]) -> dict[str, float]:
+def _ratios(reports: list[dict[str, Any]], rounds: list[list[dict[str, Any]]]) -> dict[str, float]:
     """Return first over second: for speeds the median of paired ratios, otherwise the ratio of the figures."""
     ratios = {name: reports[0][figure] / reports[1][figure] for name, figure in _RATIOS.items() if reports[1][figure]}
     for name, figure in _SPEEDS.items():

@@ -1,4 +1,7 @@
-"""The process that `llmopt bench` measures: loads one artifact, then answers a line for every line it is asked."""
+"""The process that `llmopt bench` measures: loads one artifact, then answers a line for every line it is asked.
+
+A line that is a JSON list holds the texts to measure with, as tokens: batches of [ids, types]. It has no answer.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,16 @@ from ..core.errors import LlmoptError
 from ..core.runtime import Session
 from ..models.locate import read_config
 from ..runtimes import RUNTIMES
+from .texts import Encoded, side_by_side
 
 _BATCH = 8
+LATENCIES = "batch_seconds"
+"""In an answer: the seconds of each batch."""
+
+
+def generates(config: dict[str, Any]) -> bool:
+    """Return whether a model is measured by what it generates."""
+    return str((config.get("architectures") or [""])[0]).endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def main() -> None:
@@ -26,19 +37,24 @@ def main() -> None:
         session = runtime.open(directory, threads=options["threads"])
         _say({"load_seconds": time.perf_counter() - started})
         config = read_config(directory)
+        batches: list[list[Encoded]] = []
         for line in sys.stdin:
-            _say(_memory() if line.strip() == "memory" else _measure(session, config, options))
+            if line.startswith("["):
+                batches = [[Encoded(*row) for row in batch] for batch in json.loads(line)]
+            else:
+                _say(_memory() if line.strip() == "memory" else _measure(session, config, batches, options))
     except LlmoptError as error:
         _say({"error": str(error)})
 
 
-def _measure(session: Session, config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
+def _measure(
+    session: Session, config: dict[str, Any], batches: list[list[Encoded]], options: dict[str, Any]
+) -> dict[str, Any]:
     vocabulary = int(config.get("vocab_size", 256))
     prompt = [2 + (7 * index) % (vocabulary - 2) for index in range(options["prompt_tokens"])]
-    architecture = str((config.get("architectures") or [""])[0])
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+    if generates(config):
         return _generate(session, prompt, options["new_tokens"])
-    return _encode(session, config, prompt)
+    return _encode(session, config, batches or _made_up(config, prompt), options["padding"])
 
 
 def _generate(session: Session, prompt: list[int], new_tokens: int) -> dict[str, float]:
@@ -54,18 +70,38 @@ def _generate(session: Session, prompt: list[int], new_tokens: int) -> dict[str,
     }
 
 
-def _encode(session: Session, config: dict[str, Any], prompt: list[int]) -> dict[str, float]:
-    import numpy as np
-
+def _made_up(config: dict[str, Any], prompt: list[int]) -> list[list[Encoded]]:
+    """Return one batch of made-up texts of one length."""
     if "vocab_size" not in config or config.get("model_type") == "whisper":
         raise LlmoptError("bench measures models that take text", where=f"model_type {config.get('model_type')}")
     row = prompt[: int(config.get("max_position_embeddings", len(prompt) + 2)) - 2]
-    inputs = {"input_ids": np.array([row] * _BATCH, dtype=np.int64)}
-    if config.get("is_encoder_decoder"):
-        inputs["decoder_input_ids"] = inputs["input_ids"]
-    started = time.perf_counter()
-    session.outputs(inputs)
-    return {"sequences_per_second": _BATCH / (time.perf_counter() - started)}
+    return [[Encoded(row)] * _BATCH]
+
+
+def _encode(
+    session: Session, config: dict[str, Any], batches: list[list[Encoded]], padding: int
+) -> dict[str, float | list[float]]:
+    """Compute every batch once; padding is computed too, but counts for nothing in the speeds."""
+    latencies: list[float] = []
+    for batch in batches:
+        inputs = dict(side_by_side(batch, padding))
+        if config.get("is_encoder_decoder"):
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        started = time.perf_counter()
+        session.outputs(inputs)
+        latencies.append(time.perf_counter() - started)
+    texts = sum(map(len, batches))
+    tokens = sum(len(text.ids) for batch in batches for text in batch)
+    padded = sum(len(batch) * max(len(text.ids) for text in batch) for batch in batches)
+    return {
+        "texts": texts,
+        "tokens": tokens,
+        "padded_tokens": padded,
+        "fill_ratio": tokens / padded,
+        "sequences_per_second": texts / sum(latencies),
+        "tokens_per_second": tokens / sum(latencies),
+        LATENCIES: latencies,
+    }
 
 
 def _memory() -> dict[str, float]:

@@ -74,7 +74,7 @@ def make_reference(model: TorchModel, rows: Sequence[Sequence[int]], seed: int) 
         cut = [list(row[:length]) for row in rows[:count]]
         samples = "held-out calibration text" if cut else "random token ids"
         cut = cut or random_rows(vocabulary, rows=count, length=length, seed=seed)
-        decoder = bool(skeleton.config.is_encoder_decoder)
+        decoder = skeleton.has_decoder
         inputs = batches(cut, decoder=decoder)
         if not model.facts.is_causal_lm and "attention_mask" in accepted(skeleton.model):
             padding = getattr(skeleton.config.get_text_config(), "pad_token_id", None)
@@ -89,6 +89,9 @@ def make_reference(model: TorchModel, rows: Sequence[Sequence[int]], seed: int) 
                 where=f"computed from {samples}, in float32",
                 hint="the model overflows: check its weights",
             )
+    for batch, made in zip(inputs, outputs, strict=True):
+        if "attention_mask" in batch:
+            made.pop("last_hidden_state", None)  # what a padding token's state is means nothing
     return Reference(inputs, outputs, samples)
 
 

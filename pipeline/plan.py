@@ -16,6 +16,7 @@ from ..core.target import Target
 from ..models.checkpoint import DTYPES, Checkpoint
 from ..models.locate import context_length, locate
 from ..models.outline import outline
+from ..models.tasks import check_task
 from .grids import check_exports, input_grid, packed_bytes, quantized_layers
 from .memory import estimate
 from .steps import AnyExporter, AnyPass, check_graph_passes, exporters_of, passes_of, sweeps
@@ -40,7 +41,10 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None) -> Plan:
     if recipe.calibration is not None:
         _check_calibration(recipe)
     location = locate(recipe.model)
-    facts = outline(location, Checkpoint(location.folder))
+    checkpoint = Checkpoint(location.folder)
+    facts = outline(location, checkpoint)
+    if recipe.model.task is not None:
+        check_task(location, checkpoint)
     _check_length(recipe, facts)
     if facts.config.get("quantization_config"):
         raise UsageError(

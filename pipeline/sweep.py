@@ -92,7 +92,7 @@ def _replay(model: TorchModel, skeleton: Skeleton, rows: Sequence[Sequence[int]]
             hint="use rtn, which needs no calibration data",
         )
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(model.facts.dtype, torch.float32)
-    decoder = bool(skeleton.config.is_encoder_decoder)
+    decoder = skeleton.has_decoder
     inputs = batches(rows, decoder=decoder, tokens=limits.batch_tokens)
     folder = None if limits.states_bytes is None else model.store.folder
     return Replay(skeleton, inputs, States(dtype, folder, limits.states_bytes or 0))

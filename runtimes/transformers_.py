@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ class TransformersSession(Session):
         import torch
 
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+        if "token_type_ids" not in signature(self.model.forward).parameters:
+            tensors.pop("token_type_ids", None)  # a tokenizer may make them for a model that has none
         with torch.inference_mode(), _silent():
             made = self.model(**tensors, return_dict=True)
         return {name: value.float().numpy() for name, value in made.items() if isinstance(value, torch.Tensor)}
@@ -143,6 +146,8 @@ def load(
     finally:
         transformers.logging.set_verbosity(level)
     missing = [str(key) for key in (info.get("missing_keys") or ())]
+    if missing and all(key.startswith("pooler.") for key in missing):
+        missing, model.pooler = [], None  # a base model without a pooler gives hidden states alone
     if missing or info.get("mismatched_keys"):
         wrong = missing or [str(key) for key in info["mismatched_keys"]]
         raise LlmoptError(f"transformers finds weights missing in `{directory}`", where=", ".join(sorted(wrong)[:5]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,63 @@ def save_family(name: str, folder: Path, *, dtype: str = "float32", shard: str =
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
     if family.text:
         make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_head(name: str, architecture: str, folder: Path, **changes: Any) -> Path:
+    """Write a tiny model of a family with another head, and the tokenizer."""
+    family = replace(FAMILIES[name], architecture=architecture)
+    make_model(family, **changes).save_pretrained(folder)
+    if family.text:
+        make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_sentence_folder(
+    folder: Path,
+    *,
+    pooling: dict[str, Any] | None = None,
+    dense: int = 0,
+    normalize: bool = True,
+    transformer: str = "",
+    name: str = "bert",
+    architecture: str = "BertModel",
+) -> Path:
+    """Write a tiny sentence-transformers folder.
+
+    Args:
+        folder: where.
+        pooling: the pooling's config; the mean when left out.
+        dense: width of a dense layer after the pooling, none when 0.
+        normalize: add the module that gives embeddings length 1.
+        transformer: the transformer's own folder, the root when empty.
+        name: the family of the transformer.
+        architecture: its class.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    save_head(name, architecture, folder / transformer)
+    files: dict[str, Any] = {"1_Pooling/config.json": pooling or {"pooling_mode_mean_tokens": True}}
+    modules = [(transformer, "Transformer"), ("1_Pooling", "Pooling")]
+    if dense:
+        torch.manual_seed(1)
+        function = "torch.nn.modules.activation.Tanh"
+        files["2_Dense/config.json"] = {"in_features": 64, "out_features": dense, "activation_function": function}
+        (folder / "2_Dense").mkdir()
+        weights = {"linear.weight": torch.randn(dense, 64), "linear.bias": torch.randn(dense)}
+        save_file(weights, folder / "2_Dense" / "model.safetensors")
+        modules.append(("2_Dense", "Dense"))
+    if normalize:
+        modules.append((f"{len(modules)}_Normalize", "Normalize"))
+    files["modules.json"] = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, kind) in enumerate(modules)
+    ]
+    files["sentence_bert_config.json"] = {"max_seq_length": 64, "do_lower_case": False}
+    for path, content in files.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 

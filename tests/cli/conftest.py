@@ -124,6 +124,7 @@ def install(monkeypatch: Any) -> dict[str, Any]:
         "verify": {"verify": lambda directory, *, reporter: [record("safetensors")]},
         "evaluate": {"evaluate": report},
         "bench": {"bench": report},
+        "infer": {"infer": report, "InferOptions": dict},
         "inspect": {"inspect": report},
         "doctor": {"doctor": report},
         "demo": {"demo": report},

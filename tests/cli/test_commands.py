@@ -219,3 +219,27 @@ def test_eval_and_bench_pass_their_options_on(llmopt, pipeline):
     llmopt("bench", "p", "--against", "q", "--threads", "2", "--prompt-tokens", "16", "--new-tokens", "4")
     assert pipeline["report"][1]["against"] == "q"
     assert pipeline["report"][1]["prompt_tokens"] == 16
+
+
+def test_infer_tells_its_options_on(llmopt, pipeline):
+    arguments = "--batching dp --batch-size 8 --max-length 64 --pair-column other --threads 2 --force"
+    ended = llmopt("infer", "artifact", "--input", "texts.csv", "-o", "out.jsonl", *arguments.split())
+    assert ended.code == 0, ended.err
+    (path,), named = pipeline["report"]
+    assert (path, named["data"], named["output"], named["force"]) == ("artifact", "texts.csv", Path("out.jsonl"), True)
+    options = named["options"]
+    assert (options["max_length"], options["pair_column"], options["threads"]) == (64, "other", 2)
+    assert (options["batching"].batching, options["batching"].batch_size) == ("dp", 8)
+
+
+def test_infer_leaves_batching_to_the_pipeline(llmopt, pipeline):
+    assert llmopt("infer", "artifact", "--input", "texts.csv", "-o", "out.jsonl").code == 0
+    assert pipeline["report"][1]["options"]["batching"] is None
+
+
+@pytest.mark.parametrize("arguments", ["--batching all", "--batch-size 0", "--max-batch-tokens x", "--max-length 1"])
+def test_infer_refuses(llmopt, pipeline, arguments):
+    ended = llmopt("infer", "artifact", "--input", "texts.csv", "-o", "out.jsonl", *arguments.split())
+    assert (ended.code, ended.out) == (2, "")
+    assert arguments.split()[0] in ended.err
+    assert "report" not in pipeline

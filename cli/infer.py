@@ -1,0 +1,69 @@
+"""`llmopt infer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.params import convert
+from ..pipeline.batching import BatchingParams
+from .common import Json, ModelOrArtifact, Quiet, Verbose, open_screen
+from .options import Options, Source, with_options
+
+
+@with_options(Source("batching", BatchingParams, panel="Batches"))
+def command(
+    path: ModelOrArtifact,
+    *,
+    input: Annotated[  # noqa: A002  (the name of the option)
+        str,
+        typer.Option("--input", "-i", metavar="FILE", help="Texts: a .txt, .jsonl, .csv or .parquet file. Required."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The JSONL file to write. It must not exist.")
+    ],
+    column: Annotated[str | None, typer.Option(metavar="NAME", help="The column that holds the text.")] = None,
+    pair_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The column that holds the second text of a pair.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=4, help="Tokens kept of a text. [default: as many as the model takes]"),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens to generate, by a language model. [default: 32]")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Threads to compute with. [default: all cores]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE when it exists, once all is done.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: Options,
+) -> None:
+    """Compute embeddings, classes or text for a file of texts.
+
+    Writes a line for each text, in order: `index`, and by what the model does `embedding`, or `label`, `score` and
+    `scores`, or `tokens`, or `text`. A line of a .txt file is a text, as is a row of the others. The file appears when
+    it is whole; a run that was interrupted goes on where it was when it is started again.
+
+        llmopt infer minilm-onnx --input texts.jsonl -o embeddings.jsonl
+    """
+    from ..pipeline.infer import InferOptions, infer
+    from .views import report_sections
+
+    screen = open_screen(json=json, quiet=quiet, verbose=verbose)
+    given = options["batching"]
+    chosen = InferOptions(
+        column=column,
+        pair_column=pair_column,
+        batching=convert(given, BatchingParams, where="the command line") if given else None,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        threads=threads,
+    )
+    report = infer(path, data=input, output=output, options=chosen, force=force, reporter=screen.reporter)
+    screen.show(report_sections(report), report, summary=True)
