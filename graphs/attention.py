@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .nodes import Builder, made_by, nodes_of, permutation, replace, size
 
@@ -153,6 +154,7 @@ def spell_out(model: ir.Model) -> int:
         shape = builder.op("Concat", *lengths, axis=0)
         replace(node.outputs[0], builder.op("Expand", _seen(builder, mask), shape, dtype=ir.DataType.BOOL))
         builder.graph.remove(node, safe=True)
+    RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(DOMAIN, None)
     for graph in model.graphs():
         graph.opset_imports.pop(DOMAIN, None)
