@@ -8,14 +8,21 @@ from typing import TYPE_CHECKING
 
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from .decoder import Lowering, group_queries
 from .nodes import CONTRIB, Builder, nodes_of, replace
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def fuse_for_onnxruntime(model: ir.Model) -> None:
-    """Put ONNX Runtime's fused operators into the graph, in place."""
+def fuse_for_onnxruntime(model: ir.Model, *, positions: int | None = None) -> Lowering:
+    """Put ONNX Runtime's fused operators into the graph, in place.
+
+    Args:
+        model: a graph whose attention is `llmopt.Attention`.
+        positions: how many positions the model knows.
+    """
+    report = group_queries(model, positions=positions)
     from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime as fuse
 
     with warnings.catch_warnings():
@@ -24,6 +31,7 @@ def fuse_for_onnxruntime(model: ir.Model) -> None:
         logging.getLogger("onnx_ir").setLevel(logging.ERROR)
         fuse(model, "cpu")
     _split_skip_norms(model)
+    return report
 
 
 def _split_skip_norms(model: ir.Model) -> None:

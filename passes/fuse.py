@@ -30,7 +30,8 @@ class Fuse(GraphPass[FuseParams]):
         if model.engine == "onnxruntime":
             from ..graphs.fusion import fuse_for_onnxruntime
 
-            fuse_for_onnxruntime(model.graph)
+            report=fuse_for_onnxruntime(model.graph, positions=model.facts.config.get('max_position_embeddings'))
+            print(report)
         after = len(list(model.graph.graph.all_nodes()))
         result.metrics = {"nodes_before_count": before, "nodes_after_count": after}
         return result

@@ -1,0 +1,238 @@
+"""Attention of a decoder with a cache, as ONNX Runtime's `GroupQueryAttention`.
+
+One node takes the new queries, keys and values and the past, puts the new behind the past, and attends: so one graph
+serves the prompt and every later token. What it is told of lengths is the width of the mask of tokens, not the size of
+the past: the past may be a buffer that is longer than what it holds, and the same memory as the present.
+
+ONNX Runtime 1.31 on a CPU, found by trial:
+
+1. `local_window_size` counts a token itself: it is the window of transformers.
+2. With an empty past it reads of `position_ids` the first number alone, which is wrong for texts padded on the left:
+   queries and keys are rotated in front of it.
+3. Head sizes are multiples of 8.
+4. Several tokens after a past that is not empty: for a batch of one only. A batch goes on token by token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from .attention import Attention, Mask, attentions
+from .nodes import CONTRIB, Builder, made_by, permutation, replace, size
+from .rotary import Rotation, Tables, rotate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PAST = "past_key_values."
+
+
+@dataclass(slots=True)
+class Lowering:
+    """What was done.
+
+    Attributes:
+        attentions: how many attentions are GroupQueryAttention now.
+        rotations: how many rotations of queries and keys are RotaryEmbedding now.
+        left: (name, reason) of what was left as it was.
+    """
+
+    attentions: int = 0
+    rotations: int = 0
+    left: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+
+
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """Keys or values: the past, and the new ones behind it."""
+
+    past: ir.Value
+    new: ir.Value
+    present: ir.Value
+
+    @classmethod
+    def behind(cls, value: ir.Value) -> _Cache | None:
+        node = made_by(value, "Concat")
+        if node is None or len(node.inputs) != 2 or node.attributes.get_int("axis", 0) not in (-2, 2):
+            return None
+        past, new = node.inputs
+        if past is None or new is None or not past.is_graph_input() or not value.is_graph_output():
+            return None
+        return cls(past, new, value)
+
+
+def group_queries(model: ir.Model, *, positions: int | None) -> Lowering:
+    """Replace each attention over a cache, in place.
+
+    Args:
+        model: a graph whose attention is `llmopt.Attention`.
+        positions: how many positions the model knows, for the tables of its rotary embedding.
+    """
+    report = Lowering()
+    if not any((value.name or "").startswith(PAST) for value in model.graph.inputs):
+        return report
+    lengths, tables = _Lengths(), Tables(model, positions)
+    for place, attention in enumerate(attentions(model)):
+        key, value = _Cache.behind(attention.key), _Cache.behind(attention.value)
+        mask = Mask.of(attention.mask)
+        reason = _obstacle(attention, key, value, mask)
+        if reason is not None or key is None or value is None or mask is None:
+            report.left.append((f"attention {place}", reason or "its mask is not a causal one"))
+            continue
+        rotations = _rotate(attention, key, tables)
+        if isinstance(rotations, str):
+            report.left.append((f"rotary embedding {place}", rotations))
+            rotations = (None, None)
+        report.rotations += sum(each is not None for each in rotations)
+        _lower(attention, key, value, mask, rotations, lengths)
+        report.attentions += 1
+    RemoveUnusedNodesPass()(model)
+    return report
+
+
+def _obstacle(attention: Attention, key: _Cache | None, value: _Cache | None, mask: Mask | None) -> str | None:
+    """Return why GroupQueryAttention cannot compute an attention."""
+    if key is None or value is None:
+        return "its keys and values are not those of a cache with the new ones behind"
+    if len(key.present.uses()) != 1 or len(value.present.uses()) != 1:
+        return "another layer reads its cache"
+    if mask is None or not mask.causal:
+        return "its mask is not a causal one"
+    sizes = attention.heads, attention.key_heads, attention.head_size
+    if None in sizes or attention.head_size != size(value.new, 3):
+        return "its heads of values are not as wide as those of keys"
+    if (attention.head_size or 0) % 8:
+        return f"its head size of {attention.head_size} is not a multiple of 8"
+    return None
+
+
+def _lower(
+    attention: Attention,
+    key: _Cache,
+    value: _Cache,
+    mask: Mask,
+    rotated: Sequence[ir.Value | None],
+    lengths: _Lengths,
+) -> None:
+    builder = Builder(attention.node)
+    last, total, bias = lengths.of(builder, mask, attention.query.dtype)
+    heads, head_size = attention.heads, attention.head_size
+    assert heads is not None
+    assert head_size is not None
+    output, present_key, present_value = builder.ops(
+        "GroupQueryAttention",
+        rotated[0] or side_by_side(builder, attention.query),
+        rotated[1] or side_by_side(builder, key.new),
+        side_by_side(builder, value.new),
+        key.past,
+        value.past,
+        last,
+        total,
+        None,
+        None,
+        None,
+        bias,
+        outputs=3,
+        domain=CONTRIB,
+        num_heads=heads,
+        kv_num_heads=attention.key_heads,
+        scale=attention.scale,
+        softcap=attention.softcap,
+        local_window_size=mask.window or -1,
+    )
+    old = attention.node.outputs[0]
+    output.shape = ir.Shape([*old.shape[:2], heads * head_size]) if old.shape is not None else None
+    for user, _ in list(old.uses()):
+        # Heads side by side again, as they are already.
+        if user.op_type == "Reshape" and size(user.outputs[0], 2) == heads * head_size:
+            replace(user.outputs[0], output)
+    if old.uses():
+        replace(old, builder.op("Reshape", output, builder.constant([0, 0, heads, head_size])))
+    builder.graph.remove(attention.node, safe=True)
+    for cache, present in ((key, present_key), (value, present_value)):
+        concat = cache.present.producer()
+        assert concat is not None
+        replace(cache.present, present)
+        builder.graph.remove(concat, safe=True)
+
+
+def _rotate(attention: Attention, key: _Cache, tables: Tables) -> Sequence[ir.Value | None] | str:
+    """Return queries and new keys, (batch, tokens, heads * head size), turned by RotaryEmbedding; or why not.
+
+    Both are None where there is no rotation.
+    """
+    builder, rotations = Builder(attention.node), [Rotation.behind(attention.query), Rotation.behind(key.new)]
+    rotated: list[ir.Value | None] = []
+    for rotation in rotations:
+        found = tables.of(rotation) if rotation is not None else None
+        if isinstance(found, str):
+            return found
+        rotated.append(
+            rotate(builder, side_by_side(builder, rotation.source), rotation, found)
+            if rotation is not None and found is not None
+            else None
+        )
+    return rotated
+
+
+class _Lengths:
+    """What GroupQueryAttention is told of lengths and padding, made once for a mask."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, tuple[ir.Value, ir.Value, ir.Value | None]] = {}
+
+    def of(
+        self, builder: Builder, mask: Mask, dtype: ir.DataType | None
+    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """Return `seqlens_k` (batch), `total_sequence_length` and `attention_bias` (batch, 1, queries, keys)."""
+        known = mask.padding, mask.batch, mask.queries, dtype
+        if known not in self._made:
+            self._made[known] = self._make(builder, mask, dtype)
+        return self._made[known]
+
+    def _make(
+        self, builder: Builder, mask: Mask, dtype: ir.DataType | None
+    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        assert dtype is not None
+        b, op, kind = builder, builder.op, ir.DataType.INT32
+        one, minus_one = b.constant([1]), b.constant([-1])
+        batch, queries = op("Reshape", mask.batch, minus_one), op("Reshape", mask.queries, minus_one)
+        width = op("Reshape", mask.keys, minus_one)
+        if mask.padding is not None:
+            width = op("Shape", mask.padding, start=1, end=2, dtype=ir.DataType.INT64)
+        total = op("Cast", width, to=kind, dtype=kind, shape=[1])
+        # Every text is as long as the longest: what is padding the bias says.
+        last = op("Expand", op("Sub", total, b.constant([1], np.int32)), batch, shape=["batch"])
+        total = op("Squeeze", total, b.constant([0]), shape=[])
+        if mask.padding is None:
+            return last, total, None
+        seen = mask.padding
+        if seen.dtype != ir.DataType.BOOL:
+            seen = op("Cast", seen, to=ir.DataType.BOOL, dtype=ir.DataType.BOOL)
+        # Finite: a row that sees nothing must give numbers, which nobody reads, and not NaN.
+        lowest = -30000.0 if dtype == ir.DataType.FLOAT16 else np.finfo(np.float32).min
+        hidden = op("Where", seen, b.constant(0, dtype.numpy()), b.constant(lowest, dtype.numpy()), dtype=dtype)
+        hidden = op("Unsqueeze", hidden, b.constant([1, 2]))
+        return last, total, op("Expand", hidden, op("Concat", batch, one, queries, width, axis=0))
+
+
+def side_by_side(builder: Builder, value: ir.Value) -> ir.Value:
+    """Return (batch, heads, tokens, head size) as (batch, tokens, heads * head size)."""
+    heads, width = size(value, 1), size(value, 3)
+    assert heads is not None
+    assert width is not None
+    turned = made_by(value, "Transpose")
+    apart = turned.inputs[0] if turned is not None and permutation(turned) == [0, 2, 1, 3] else None
+    if apart is None:
+        apart = builder.op("Transpose", value, perm=[0, 2, 1, 3])
+    split = made_by(apart, "Reshape")
+    source = split.inputs[0] if split is not None else None
+    if source is not None and source.shape is not None and len(source.shape) == 3 and size(source, 2) == heads * width:
+        return source
+    shape = [*value.shape[:1], *value.shape[2:3], heads * width] if value.shape is not None else None
+    return builder.op("Reshape", apart, builder.constant([0, 0, heads * width]), shape=shape)
