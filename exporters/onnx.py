@@ -102,12 +102,18 @@ class Onnx(GraphExporter[OnnxParams]):
 
 
 def save_graph(graph: ir.Model, directory: Path) -> None:
-    """Write `model.onnx` and `model.onnx.data`, in standard operators where they are still ours."""
+    """Write `model.onnx` and `model.onnx.data`, in standard operators where they are still ours.
+
+    Raises:
+        LlmoptError: ONNX Runtime has no kernel for an operator of the graph.
+    """
     import onnx_ir as ir
 
     from ..graphs.attention import spell_out
+    from ..graphs.kernels import check_kernels
 
     spell_out(graph)
+    check_kernels(graph)
     name_nodes(graph)
     ir.save(graph, directory / GRAPH, external_data=DATA)
 
