@@ -23,7 +23,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .attention import Attention, Mask, attentions
-from .nodes import CONTRIB, Builder, made_by, permutation, replace, size
+from .nodes import CONTRIB, Builder, constant, made_by, permutation, replace, size
 from .rotary import Rotation, Tables, rotate
 
 if TYPE_CHECKING:
@@ -78,47 +78,77 @@ def group_queries(model: ir.Model, *, positions: int | None) -> Lowering:
         return report
     lengths, tables = _Lengths(), Tables(model, positions)
     for place, attention in enumerate(attentions(model)):
-        key, value = _Cache.behind(attention.key), _Cache.behind(attention.value)
-        mask = Mask.of(attention.mask)
-        reason = _obstacle(attention, key, value, mask)
-        if reason is not None or key is None or value is None or mask is None:
-            report.left.append((f"attention {place}", reason or "its mask is not a causal one"))
+        site = _Site.of(attention)
+        if isinstance(site, str):
+            report.left.append((f"attention {place}", site))
             continue
-        rotations = _rotate(attention, key, tables)
-        if isinstance(rotations, str):
-            report.left.append((f"rotary embedding {place}", rotations))
-            rotations = (None, None)
-        report.rotations += sum(each is not None for each in rotations)
-        _lower(attention, key, value, mask, rotations, lengths)
+        rotated = _rotate(site, tables)
+        if isinstance(rotated, str):
+            report.left.append((f"rotary embedding {place}", rotated))
+            rotated = (None, None)
+        report.rotations += sum(each is not None for each in rotated)
+        _lower(site, rotated, lengths)
         report.attentions += 1
     RemoveUnusedNodesPass()(model)
     return report
 
 
-def _obstacle(attention: Attention, key: _Cache | None, value: _Cache | None, mask: Mask | None) -> str | None:
-    """Return why GroupQueryAttention cannot compute an attention."""
-    if key is None or value is None:
-        return "its keys and values are not those of a cache with the new ones behind"
-    if len(key.present.uses()) != 1 or len(value.present.uses()) != 1:
-        return "another layer reads its cache"
-    if mask is None or not mask.causal:
-        return "its mask is not a causal one"
-    sizes = attention.heads, attention.key_heads, attention.head_size
-    if None in sizes or attention.head_size != size(value.new, 3):
-        return "its heads of values are not as wide as those of keys"
-    if (attention.head_size or 0) % 8:
-        return f"its head size of {attention.head_size} is not a multiple of 8"
-    return None
+def keep_last_logits(model: ir.Model) -> bool:
+    """Compute logits for the last token alone, in place: of a prompt no other is needed to go on.
+
+    Returns:
+        Whether the product that makes the logits was found.
+    """
+    logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
+    node = logits.producer() if logits is not None else None
+    above: list[ir.Value] = []
+    while node is not None and node.op_type in ("Mul", "Div", "Tanh", "Add"):
+        above.append(node.outputs[0])
+        varying = [value for value in node.inputs if value is not None and constant(value) is None]
+        node = varying[0].producer() if len(varying) == 1 else None
+    if node is None or node.op_type != "MatMul" or node.inputs[0] is None:
+        return False
+    hidden, builder = node.inputs[0], Builder(node)
+    if hidden.shape is None or len(hidden.shape) != 3:
+        return False
+    bounds = [builder.constant([each]) for each in (-1, np.iinfo(np.int64).max, 1)]
+    last = builder.op("Slice", hidden, *bounds, shape=[hidden.shape[0], 1, hidden.shape[2]])
+    node.replace_input_with(0, last)
+    for value in (*above, node.outputs[0]):
+        if value.shape is not None and len(value.shape) == 3:
+            value.shape = ir.Shape([value.shape[0], 1, value.shape[2]])
+    return True
 
 
-def _lower(
-    attention: Attention,
-    key: _Cache,
-    value: _Cache,
-    mask: Mask,
-    rotated: Sequence[ir.Value | None],
-    lengths: _Lengths,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """An attention that GroupQueryAttention can compute."""
+
+    attention: Attention
+    key: _Cache
+    value: _Cache
+    mask: Mask
+
+    @classmethod
+    def of(cls, attention: Attention) -> _Site | str:
+        """Return it, or why it cannot be computed so."""
+        key, value = _Cache.behind(attention.key), _Cache.behind(attention.value)
+        mask, width = Mask.of(attention.mask), attention.head_size
+        if key is None or value is None:
+            return "its keys and values are not those of a cache with the new ones behind"
+        if len(key.present.uses()) != 1 or len(value.present.uses()) != 1:
+            return "another layer reads its cache"
+        if mask is None or not mask.causal:
+            return "its mask is not a causal one"
+        if None in (attention.heads, attention.key_heads, width) or width != size(value.new, 3):
+            return "its heads of values are not as wide as those of keys"
+        if (width or 0) % 8:
+            return f"its head size of {width} is not a multiple of 8"
+        return cls(attention, key, value, mask)
+
+
+def _lower(site: _Site, rotated: Sequence[ir.Value | None], lengths: _Lengths) -> None:
+    attention, key, value, mask = site.attention, site.key, site.value, site.mask
     builder = Builder(attention.node)
     last, total, bias = lengths.of(builder, mask, attention.query.dtype)
     heads, head_size = attention.heads, attention.head_size
@@ -161,12 +191,13 @@ def _lower(
         builder.graph.remove(concat, safe=True)
 
 
-def _rotate(attention: Attention, key: _Cache, tables: Tables) -> Sequence[ir.Value | None] | str:
+def _rotate(site: _Site, tables: Tables) -> Sequence[ir.Value | None] | str:
     """Return queries and new keys, (batch, tokens, heads * head size), turned by RotaryEmbedding; or why not.
 
     Both are None where there is no rotation.
     """
-    builder, rotations = Builder(attention.node), [Rotation.behind(attention.query), Rotation.behind(key.new)]
+    builder = Builder(site.attention.node)
+    rotations = [Rotation.behind(site.attention.query), Rotation.behind(site.key.new)]
     rotated: list[ir.Value | None] = []
     for rotation in rotations:
         found = tables.of(rotation) if rotation is not None else None
@@ -186,9 +217,7 @@ class _Lengths:
     def __init__(self) -> None:
         self._made: dict[Any, tuple[ir.Value, ir.Value, ir.Value | None]] = {}
 
-    def of(
-        self, builder: Builder, mask: Mask, dtype: ir.DataType | None
-    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    def of(self, builder: Builder, mask: Mask, dtype: ir.DataType | None) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         """Return `seqlens_k` (batch), `total_sequence_length` and `attention_bias` (batch, 1, queries, keys)."""
         known = mask.padding, mask.batch, mask.queries, dtype
         if known not in self._made:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.params import Params
-from ..core.passes import GraphPass, PassResult
+from ..core.passes import GraphPass, PassResult, Skip
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..core.graph import GraphModel
     from ..core.passes import PassContext
 
@@ -30,8 +32,16 @@ class Fuse(GraphPass[FuseParams]):
         if model.engine == "onnxruntime":
             from ..graphs.fusion import fuse_for_onnxruntime
 
-            report=fuse_for_onnxruntime(model.graph, positions=model.facts.config.get('max_position_embeddings'))
-            print(report)
+            report = fuse_for_onnxruntime(model.graph, positions=_positions(model.facts.config))
+            result.metrics = {f"{kind}_count": count for kind, count in report.counts.items()}
+            result.skipped = [Skip(name, reason) for name, reason in report.left]
         after = len(list(model.graph.graph.all_nodes()))
-        result.metrics = {"nodes_before_count": before, "nodes_after_count": after}
+        result.metrics |= {"nodes_before_count": before, "nodes_after_count": after}
         return result
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    """Return how many positions a model knows, None if its configuration does not say."""
+    text = config.get("text_config") or config
+    found = text.get("max_position_embeddings") or text.get("n_positions")
+    return found if isinstance(found, int) else None
