@@ -52,7 +52,7 @@ def fuse_for_onnxruntime(model: ir.Model, *, positions: int | None = None) -> Fu
         model: a graph whose attention is `llmopt.Attention`.
         positions: how many positions the model knows.
     """
-    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime as fuse
+    from transformers.exporters import onnxruntime_fusions as theirs
 
     total = len(attentions(model))
     lowered = group_queries(model, positions=positions)
@@ -60,7 +60,11 @@ def fuse_for_onnxruntime(model: ir.Model, *, positions: int | None = None) -> Fu
         warnings.simplefilter("ignore")
         logging.getLogger("onnxscript").setLevel(logging.ERROR)
         logging.getLogger("onnx_ir").setLevel(logging.ERROR)
-        fuse(model, "cpu")
+        for step, providers in theirs._STEPS:  # pyright: ignore[reportPrivateUsage]
+            # Three products of a decoder's few tokens are faster than one, which has to be taken apart again.
+            packs = step is theirs._pack_sibling_matmuls  # pyright: ignore[reportPrivateUsage]
+            if (providers is None or "cpu" in providers) and not (packs and lowered.attentions):
+                step(model)
     _split_skip_norms(model)
     operators = Counter(node.op_type for node in model.graph.all_nodes())
     counts = {"attention": total, "group_query_attention": lowered.attentions}
@@ -91,18 +95,27 @@ def _is_cube(node: ir.Node) -> bool:
 
 
 def _split_skip_norms(model: ir.Model) -> None:
-    """Take SkipLayerNormalization apart: its CPU kernel is many times slower than an Add and a LayerNormalization."""
-    for node in nodes_of(model, "SkipLayerNormalization", CONTRIB):
-        builder = Builder(node)
-        values = list(node.inputs) + [None] * 5
-        total = builder.op("Add", values[0], values[1], shape=node.outputs[0].shape)
-        if values[4] is not None:
-            total = builder.op("Add", total, values[4], shape=node.outputs[0].shape)
-        epsilon = node.attributes.get_float("epsilon", 1e-12)
-        replace(
-            node.outputs[0], builder.op("LayerNormalization", total, values[2], values[3], axis=-1, epsilon=epsilon)
-        )
-        if len(node.outputs) > 3:
-            replace(node.outputs[3], total)
-        builder.graph.remove(node, safe=True)
+    """Take the sum out of norms again: their CPU kernels are slower than an Add and a norm, one of them many times."""
+    for name, norm in (
+        ("SkipLayerNormalization", "LayerNormalization"),
+        ("SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization"),
+    ):
+        for node in nodes_of(model, name, CONTRIB):
+            _split_skip_norm(node, norm)
     RemoveUnusedNodesPass()(model)
+
+
+def _split_skip_norm(node: ir.Node, norm: str) -> None:
+    builder, shape = Builder(node), node.outputs[0].shape
+    first, second, gamma, *optional = [*node.inputs, None, None]
+    # LayerNormalization alone has a beta; both may have a bias, which is part of the sum.
+    beta, bias = optional[:2] if norm == "LayerNormalization" else (None, optional[0])
+    total = builder.op("Add", first, second, shape=shape)
+    if bias is not None:
+        total = builder.op("Add", total, bias, shape=shape)
+    scales = [gamma] if beta is None else [gamma, beta]
+    epsilon = node.attributes.get_float("epsilon", 1e-12)
+    replace(node.outputs[0], builder.op(norm, total, *scales, axis=-1, epsilon=epsilon))
+    if len(node.outputs) > 3:
+        replace(node.outputs[3], total)
+    builder.graph.remove(node, safe=True)
