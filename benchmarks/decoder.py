@@ -2,7 +2,7 @@
 
     python benchmarks/decoder.py [MODEL ...] [--random] [--prompt 256] [--tokens 32] [--repeats 9] [--folder DIR]
 
-Each graph is made by `llmopt export`, which verifies it, and measured on one thread, in turns: every repeat runs each
+Each graph is exported and verified as by `llmopt run`, and measured on one thread, in turns: every repeat runs each
 of them once. Speeds are of processor time, which work of others on the machine disturbs least; medians over the
 repeats. The ratio is the median of the ratios to GenAI's graph in the same repeat. All run through ONNX Runtime with
 the cache left in its hands; GenAI's graph is run by GenAI's own generator too. A prompt's logits are computed for its
@@ -13,23 +13,30 @@ MODEL the bundled model is taken.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import onnxruntime
+from llmopt.core.progress import Silent
+from llmopt.core.recipe import ModelSpec, Recipe, Step
 from llmopt.core.runtime import Session
 from llmopt.pipeline.demo import bundled_model
+from llmopt.pipeline.plan import make_plan
+from llmopt.pipeline.run import run_plan
 from llmopt.runtimes import RUNTIMES
+from llmopt.runtimes.onnxruntime_ import OnnxSession
 from machine import describe
 
-EXPORTS = {
-    "fused": "onnx:last_logits=true",
-    "fused, all logits": "onnx",
-    "not fused": "onnx:fuse=false,last_logits=true",
-    "GenAI's graph": "onnx-genai",
+LAST = {"last_logits": True}
+EXPORTS: dict[str, tuple[tuple[Step, ...], Step]] = {
+    "fused": ((), Step("onnx", LAST)),
+    "fused, padding left": ((Step("fuse", {"padding": "left"}),), Step("onnx", LAST)),
+    "fused, all logits": ((), Step("onnx", {})),
+    "not fused": ((), Step("onnx", LAST | {"fuse": False})),
+    "GenAI's graph": ((), Step("onnx-genai", {})),
 }
 BASE, GENERATOR = "GenAI's graph", "GenAI's graph, its generator"
 
@@ -59,9 +66,19 @@ def export(model: Path, name: str, folder: Path) -> Path:
     """Write an artifact, unless it is there."""
     output = folder / f"{model.name}-{name.replace(' ', '-').replace(',', '')}"
     if not output.exists():
-        command = [sys.executable, "-m", "llmopt", "export", str(model), "-o", str(output), "--export", EXPORTS[name]]
-        subprocess.run([*command, "--quiet"], check=True)
+        passes, step = EXPORTS[name]
+        recipe = Recipe(model=ModelSpec(id=str(model)), passes=passes, exports=(step,))
+        run_plan(make_plan(recipe), output, force=False, reporter=Silent())
     return output
+
+
+def load(folder: Path) -> Session:
+    """Open a graph in ONNX Runtime; GenAI's leaves the head size open."""
+    config = json.loads((folder / "config.json").read_text())
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.add_free_dimension_override_by_name("kv_cache_dim", config["head_dim"])
+    return OnnxSession(onnxruntime.InferenceSession(str(folder / "model.onnx"), options), folder)
 
 
 def measure(session: Session, prompt: list[int], tokens: int) -> tuple[float, float]:
@@ -77,9 +94,8 @@ def measure(session: Session, prompt: list[int], tokens: int) -> tuple[float, fl
 def compare(model: Path, folder: Path, *, length: int, tokens: int, repeats: int) -> None:
     """Print the rows of a model."""
     artifacts = {name: export(model, name, folder) for name in EXPORTS}
-    runtime, generator = RUNTIMES.load("onnxruntime")(), RUNTIMES.load("onnx-genai")()
-    sessions = {name: runtime.open(path, threads=1) for name, path in artifacts.items()}
-    sessions[GENERATOR] = generator.open(artifacts[BASE], threads=1)
+    sessions: dict[str, Session] = {name: load(path) for name, path in artifacts.items()}
+    sessions[GENERATOR] = RUNTIMES.load("onnx-genai")().open(artifacts[BASE], threads=1)
     prompt = [3 + (7 * place) % 1000 for place in range(length)]
     answers = {tuple(session.generate(prompt, tokens)) for session in sessions.values()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}

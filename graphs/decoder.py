@@ -8,7 +8,9 @@ ONNX Runtime 1.31 on a CPU, found by trial:
 
 1. `local_window_size` counts a token itself: it is the window of transformers.
 2. With an empty past it reads of `position_ids` the first number alone, which is wrong for texts padded on the left:
-   queries and keys are rotated in front of it.
+   queries and keys are rotated in front of it. It can also count by itself, by the places in the cache. What attention
+   sees is how far two tokens are apart, so that is the same where no padding stands between tokens, as it does when a
+   text padded on the right goes on. Then it takes queries, keys and values side by side too, as one product.
 3. Head sizes are multiples of 8.
 4. Several tokens after a past that is not empty: for a batch of one only. A batch goes on token by token.
 """
@@ -23,8 +25,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .attention import Attention, Mask, attentions
-from .nodes import CONTRIB, Builder, constant, made_by, permutation, replace, size
-from .rotary import Rotation, Tables, rotate
+from .nodes import CONTRIB, Builder, constant, initializer, made_by, permutation, replace, size
+from .rotary import POSITIONS, Rotation, Tables, rotate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,11 +41,13 @@ class Lowering:
     Attributes:
         attentions: how many attentions are GroupQueryAttention now.
         rotations: how many rotations of queries and keys are RotaryEmbedding now.
+        inside: how many are done by the attention.
         left: (name, reason) of what was left as it was.
     """
 
     attentions: int = 0
     rotations: int = 0
+    inside: int = 0
     left: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
 
@@ -66,12 +70,13 @@ class _Cache:
         return cls(past, new, value)
 
 
-def group_queries(model: ir.Model, *, positions: int | None) -> Lowering:
+def group_queries(model: ir.Model, *, positions: int | None, left_padded: bool = False) -> Lowering:
     """Replace each attention over a cache, in place.
 
     Args:
         model: a graph whose attention is `llmopt.Attention`.
         positions: how many positions the model knows, for the tables of its rotary embedding.
+        left_padded: padding stands in front of texts only, so that attention may count positions by itself.
     """
     report = Lowering()
     if not any((value.name or "").startswith(PAST) for value in model.graph.inputs):
@@ -82,15 +87,30 @@ def group_queries(model: ir.Model, *, positions: int | None) -> Lowering:
         if isinstance(site, str):
             report.left.append((f"attention {place}", site))
             continue
-        rotated = _rotate(site, tables)
-        if isinstance(rotated, str):
-            report.left.append((f"rotary embedding {place}", rotated))
-            rotated = (None, None)
-        report.rotations += sum(each is not None for each in rotated)
-        _lower(site, rotated, lengths)
+        inputs = _rotate(site, tables, inside=left_padded)
+        if isinstance(inputs, str):
+            report.left.append((f"rotary embedding {place}", inputs))
+            inputs = _Inputs()
+        turned = sum(each is not None for each in (inputs.query, inputs.key))
+        report.inside += 0 if inputs.tables is None else turned
+        report.rotations += turned if inputs.tables is None else 0
+        _lower(site, inputs, lengths)
         report.attentions += 1
     RemoveUnusedNodesPass()(model)
+    if left_padded:
+        _drop_positions(model.graph)
     return report
+
+
+def _drop_positions(graph: ir.Graph) -> None:
+    """Take `position_ids` out of the graph's inputs, if nothing reads more of it than its shape."""
+    values = {value.name: value for value in graph.inputs}
+    positions, ids = values.get(POSITIONS), values.get("input_ids")
+    if positions is None or ids is None or positions.shape != ids.shape:
+        return
+    if all(user.op_type == "Shape" for user, _ in positions.uses()):
+        positions.replace_all_uses_with(ids)
+        graph.inputs.remove(positions)
 
 
 def keep_last_logits(model: ir.Model) -> bool:
@@ -147,24 +167,43 @@ class _Site:
         return cls(attention, key, value, mask)
 
 
-def _lower(site: _Site, rotated: Sequence[ir.Value | None], lengths: _Lengths) -> None:
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What is attended to, (batch, tokens, heads * head size).
+
+    Attributes:
+        query: None where nothing turns it.
+        key: None where nothing turns it.
+        tables: cosines and sines, where attention turns both.
+    """
+
+    query: ir.Value | None = None
+    key: ir.Value | None = None
+    tables: tuple[ir.Value, ir.Value] | None = None
+
+
+def _lower(site: _Site, inputs: _Inputs, lengths: _Lengths) -> None:
     attention, key, value, mask = site.attention, site.key, site.value, site.mask
     builder = Builder(attention.node)
     last, total, bias = lengths.of(builder, mask, attention.query.dtype)
     heads, head_size = attention.heads, attention.head_size
     assert heads is not None
     assert head_size is not None
+    parts: list[ir.Value | None] = [
+        inputs.query or side_by_side(builder, attention.query),
+        inputs.key or side_by_side(builder, key.new),
+        side_by_side(builder, value.new),
+    ]
+    if (packed := _pack(builder, parts)) is not None:
+        parts = [packed, None, None]
     output, present_key, present_value = builder.ops(
         "GroupQueryAttention",
-        rotated[0] or side_by_side(builder, attention.query),
-        rotated[1] or side_by_side(builder, key.new),
-        side_by_side(builder, value.new),
+        *parts,
         key.past,
         value.past,
         last,
         total,
-        None,
-        None,
+        *(inputs.tables or (None, None)),
         None,
         bias,
         outputs=3,
@@ -174,6 +213,7 @@ def _lower(site: _Site, rotated: Sequence[ir.Value | None], lengths: _Lengths) -
         scale=attention.scale,
         softcap=attention.softcap,
         local_window_size=mask.window or -1,
+        do_rotary=int(inputs.tables is not None),
     )
     old = attention.node.outputs[0]
     output.shape = ir.Shape([*old.shape[:2], heads * head_size]) if old.shape is not None else None
@@ -191,24 +231,51 @@ def _lower(site: _Site, rotated: Sequence[ir.Value | None], lengths: _Lengths) -
         builder.graph.remove(concat, safe=True)
 
 
-def _rotate(site: _Site, tables: Tables) -> Sequence[ir.Value | None] | str:
-    """Return queries and new keys, (batch, tokens, heads * head size), turned by RotaryEmbedding; or why not.
-
-    Both are None where there is no rotation.
-    """
+def _rotate(site: _Site, tables: Tables, *, inside: bool) -> _Inputs | str:
+    """Return queries and keys turned by RotaryEmbedding, or what attention is to turn; or why neither."""
     builder = Builder(site.attention.node)
     rotations = [Rotation.behind(site.attention.query), Rotation.behind(site.key.new)]
-    rotated: list[ir.Value | None] = []
-    for rotation in rotations:
-        found = tables.of(rotation) if rotation is not None else None
-        if isinstance(found, str):
-            return found
-        rotated.append(
-            rotate(builder, side_by_side(builder, rotation.source), rotation, found)
-            if rotation is not None and found is not None
-            else None
-        )
-    return rotated
+    found = [tables.of(rotation) if rotation is not None else None for rotation in rotations]
+    reason = next((each for each in found if isinstance(each, str)), None)
+    if reason is not None:
+        return reason
+    sources = [side_by_side(builder, rotation.source) if rotation is not None else None for rotation in rotations]
+    width, whole = site.attention.head_size or 0, found[0] is found[1] and not isinstance(found[0], str)
+    if inside and whole and rotations[0] is not None and rotations[0].width == width and width % 16 == 0:
+        return _Inputs(*sources, tables=found[0])
+    turned = [
+        rotate(builder, source, rotation, table)
+        if source is not None and rotation is not None and isinstance(table, tuple)
+        else None
+        for source, rotation, table in zip(sources, rotations, found, strict=True)
+    ]
+    return _Inputs(*turned)
+
+
+def _pack(builder: Builder, parts: Sequence[ir.Value | None]) -> ir.Value | None:
+    """Return queries, keys and values side by side as one product, None if they are not products of one input."""
+    biased = [made_by(part, "Add") for part in parts]
+    biases = [constant(node.inputs[1]) if node is not None else None for node in biased]
+    if any(biased) and any(bias is None for bias in biases):
+        return None
+    products = [
+        made_by(part if node is None else node.inputs[0], "MatMul") for part, node in zip(parts, biased, strict=True)
+    ]
+    matrices = [constant(node.inputs[1]) if node is not None else None for node in products]
+    sources = {node.inputs[0] for node in products if node is not None}
+    if len(sources) != 1 or any(matrix is None or matrix.ndim != 2 for matrix in matrices):
+        return None
+    if any(len(part.uses()) > 1 for part in parts if part is not None):
+        return None
+    (source,) = sources
+    weight = initializer(builder.graph, "qkv", np.concatenate([each for each in matrices if each is not None], 1))
+    shape = source.shape if source is not None else None
+    shape = [*shape[:2], size(weight, 1)] if shape is not None else None
+    packed = builder.op("MatMul", source, weight, shape=shape)
+    if any(biased):
+        bias = np.concatenate([each for each in biases if each is not None])
+        packed = builder.op("Add", packed, initializer(builder.graph, "qkv.bias", bias), shape=shape)
+    return packed
 
 
 class _Lengths:

@@ -45,17 +45,18 @@ class Fusion:
     left: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
 
-def fuse_for_onnxruntime(model: ir.Model, *, positions: int | None = None) -> Fusion:
+def fuse_for_onnxruntime(model: ir.Model, *, positions: int | None = None, left_padded: bool = False) -> Fusion:
     """Put ONNX Runtime's fused operators into the graph, in place.
 
     Args:
         model: a graph whose attention is `llmopt.Attention`.
         positions: how many positions the model knows.
+        left_padded: padding stands in front of texts only.
     """
     from transformers.exporters import onnxruntime_fusions as theirs
 
     total = len(attentions(model))
-    lowered = group_queries(model, positions=positions)
+    lowered = group_queries(model, positions=positions, left_padded=left_padded)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("onnxscript").setLevel(logging.ERROR)
@@ -69,6 +70,7 @@ def fuse_for_onnxruntime(model: ir.Model, *, positions: int | None = None) -> Fu
     operators = Counter(node.op_type for node in model.graph.all_nodes())
     counts = {"attention": total, "group_query_attention": lowered.attentions}
     counts |= {kind: sum(operators[name] for name in names) for kind, names in _KINDS.items()}
+    counts["rotary"] += lowered.inside
     return Fusion(counts, lowered.left + _unfused(model, counts))
 
 

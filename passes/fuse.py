@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from msgspec import Meta
 
 from ..core.params import Params
 from ..core.passes import GraphPass, PassResult, Skip
@@ -15,7 +17,15 @@ if TYPE_CHECKING:
 
 
 class FuseParams(Params, frozen=True):
-    """Nothing to choose: the engine decides."""
+    """What the engine may take for granted."""
+
+    padding: Annotated[
+        Literal["any", "left"],
+        Meta(
+            description="Where padding may stand in a language model's batch. `left`: in front of texts only, so that "
+            "attention counts positions by itself, which is faster; the graph then has no `position_ids`."
+        ),
+    ] = "any"
 
 
 class Fuse(GraphPass[FuseParams]):
@@ -32,7 +42,9 @@ class Fuse(GraphPass[FuseParams]):
         if model.engine == "onnxruntime":
             from ..graphs.fusion import fuse_for_onnxruntime
 
-            report = fuse_for_onnxruntime(model.graph, positions=_positions(model.facts.config))
+            report = fuse_for_onnxruntime(
+                model.graph, positions=_positions(model.facts.config), left_padded=self.params.padding == "left"
+            )
             result.metrics = {f"{kind}_count": count for kind, count in report.counts.items()}
             result.skipped = [Skip(name, reason) for name, reason in report.left]
         after = len(list(model.graph.graph.all_nodes()))

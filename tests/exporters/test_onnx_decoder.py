@@ -14,11 +14,12 @@ import torch
 from families import FAMILIES, make_model, random_rows
 from llmopt.core.graph import GraphModel
 from llmopt.core.passes import PassContext, PassResult
+from llmopt.core.quantized import Grid
 from llmopt.exporters.onnx import Onnx, OnnxParams
 from llmopt.graphs import rotary
 from llmopt.passes.fuse import Fuse
 from llmopt.runtimes.onnxruntime_ import OnnxRuntime
-from standin import StandIn
+from standin import StandIn, quantized_standin
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,16 +58,15 @@ class Exported:
         return [node for node in self.graph.graph.all_nodes() if node.op_type == operator]
 
     def feed(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, np.ndarray]:
-        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions_of(ids, mask)}
         return {name: value.numpy() for name, value in given.items() if name in self.names}
 
     def difference(self, ids: torch.Tensor, mask: torch.Tensor) -> float:
         """Run both on new tokens behind the cache, and return how far the logits of real tokens are apart."""
         feed = self.feed(ids, mask)
-        given = {name: torch.from_numpy(value) for name, value in feed.items()}
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions_of(ids, mask)}
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
-            given.pop("position_ids", None)
+            del given["position_ids"]
         with torch.no_grad():
             expected = self.model(**given, past_key_values=self.kept, use_cache=True)
         empty = {
@@ -82,10 +82,14 @@ class Exported:
         return float(np.abs(made["logits"] - expected.logits.numpy())[real].max())
 
 
-def export(model: Any, folder: Path, **params: Any) -> Exported:
+def positions_of(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+
+
+def export(model: Any, folder: Path, *, padding: Any = "any", **params: Any) -> Exported:
     source, exporter = StandIn(model), Onnx(OnnxParams(**params))
     graph = exporter.trace(source)
-    result = Fuse(Fuse.Params()).run(GraphModel(graph, source.facts, "onnxruntime"), PassContext())
+    result = Fuse(Fuse.Params(padding=padding)).run(GraphModel(graph, source.facts, "onnxruntime"), PassContext())
     exporter.save(graph, source, folder)
     return Exported(model, folder, graph, result)
 
@@ -148,6 +152,28 @@ def test_greedy_tokens_are_the_same(name: str, exported: Any):
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
     assert OnnxRuntime().open(made.folder, threads=1).generate(ids[0].tolist(), 12) == expected[0, 10:].tolist()
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen3", "gpt_neox"))]
+)
+def test_padding_on_the_left_only(name: str, tmp_path: Path):
+    made = export(make_model(FAMILIES[name], num_hidden_layers=1), tmp_path, padding="left")
+    inside = name != "gpt_neox"  # which turns a part of each head
+    assert bool(made.nodes("RotaryEmbedding")) != inside
+    assert ("position_ids" in made.names) != inside
+    assert made.result.metrics["rotary_count"] == 2
+    if name == "qwen2":
+        assert len(made.nodes("MatMul")) == 5  # one for queries, keys and values
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, :5] = 0
+    assert made.difference(tokens(2, 12), mask) < TOLERANCE
+    for step in range(3):
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
+        assert made.difference(tokens(2, 1, step), mask) < TOLERANCE
+    made.fresh()
+    for step, (length, total) in enumerate(((9, 9), (4, 13), (1, 14))):
+        assert made.difference(tokens(1, length, step), torch.ones(1, total, dtype=torch.int64)) < TOLERANCE
 
 
 def test_past_and_present_may_be_the_same_memory(exported: Any):
@@ -237,3 +263,22 @@ def test_logits_of_the_last_token_alone(tmp_path: Path):
     assert session._run(given)["logits"].shape == (2, 1, expected.shape[-1])
     scored = session.outputs({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})["logits"]
     assert np.abs(scored - expected)[mask.bool().numpy()].max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(each, marks=pytest.mark.slow) for each in ("phi3", "mixtral"))]
+)
+def test_codes_are_found_in_the_fused_graph(name: str, tmp_path: Path):
+    source = quantized_standin(
+        make_model(FAMILIES[name], num_hidden_layers=1), Grid(bits=4, group_size=32, symmetric=True)
+    )
+    exporter = Onnx(OnnxParams(activations="float32"))
+    graph = exporter.trace(source)
+    result = Fuse(Fuse.Params()).run(GraphModel(graph, source.facts, "onnxruntime"), PassContext())
+    exporter.carry_codes(graph, source)
+    exporter.save(graph, source, tmp_path)
+    assert exporter.weights_equal(source, tmp_path)
+    made = Exported(source.model, tmp_path, graph, result)
+    assert len(made.nodes("GroupQueryAttention")) == 1
+    assert len(made.nodes("MatMulNBits")) == len(source.quantized)
+    assert made.difference(tokens(1, 9), torch.ones(1, 9, dtype=torch.int64)) < TOLERANCE
