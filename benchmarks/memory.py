@@ -58,7 +58,7 @@ def make_model(folder: Path, layers: int) -> None:
             tensor = torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator)
             writer.write(name, tensor.to(torch.bfloat16))
     (folder / "config.json").write_text(json.dumps(_config(layers)))
-    _tokenizer(folder)
+    write_tokenizer(folder)
 
 
 def _config(layers: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _config(layers: int) -> dict[str, Any]:
     }
 
 
-def _tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """Write a word tokenizer; what the tokens mean does not matter to a random model."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

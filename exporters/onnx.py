@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from msgspec import Meta
 
+from ..core.errors import LlmoptError, UsageError
 from ..core.exports import ExportableModel, GraphExporter
 from ..core.params import Params
 from .onnx_codes import Activations, carry_codes, check_layout
@@ -50,6 +51,9 @@ class OnnxParams(Params, frozen=True):
         Activations,
         Meta(description="What quantized products compute with: float32, or int8 (faster, slightly less exact)."),
     ] = "int8"
+    last_logits: Annotated[
+        bool, Meta(description="Compute a prompt's logits for its last token only: enough to generate, not to score.")
+    ] = False
     opset: Annotated[int, Meta(ge=18, description="Version of the ONNX operators.")] | None = None
 
 
@@ -67,6 +71,12 @@ class Onnx(GraphExporter[OnnxParams]):
         Raises:
             UsageError: with the group sizes that it can.
         """
+        if self.params.last_logits and not (self.params.cache and facts.is_causal_lm):
+            raise UsageError(
+                f"`last_logits` of `{self.name}` is for a language model with a cache",
+                where=f"{facts.architecture}, cache: {str(self.params.cache).lower()}",
+                hint="leave it out",
+            )
         check_layout(facts, grid, format_name=self.name)
 
     def default_passes(self) -> tuple[str, ...]:
@@ -74,10 +84,23 @@ class Onnx(GraphExporter[OnnxParams]):
         return ("fuse",) if self.params.fuse else ()
 
     def trace(self, model: ExportableModel) -> ir.Model:
-        """Trace the model's forward pass, with a cache where it is a language model."""
+        """Trace the model's forward pass, with a cache where it is a language model.
+
+        Raises:
+            LlmoptError: it cannot be traced, or its logits are made in a way of their own.
+        """
         cache = self.params.cache and model.facts.is_causal_lm
         graph = trace(model.materialize(), cache=cache, opset=self.params.opset)
         share_transposed(graph)
+        if self.params.last_logits:
+            from ..graphs.decoder import keep_last_logits
+
+            if not keep_last_logits(graph):
+                raise LlmoptError(
+                    "the product that makes the logits is not found in the graph",
+                    where=model.facts.architecture,
+                    hint="leave `last_logits` out",
+                )
         return graph
 
     def carry_codes(self, graph: ir.Model, model: ExportableModel) -> list[str]:
@@ -88,7 +111,10 @@ class Onnx(GraphExporter[OnnxParams]):
         """Write the graph, its weights and the model's side files."""
         save_graph(graph, directory)
         model.save_side_files(directory)
-        return _notes(model.facts, cache=self.params.cache and model.facts.is_causal_lm)
+        notes = _notes(model.facts, cache=self.params.cache and model.facts.is_causal_lm)
+        if any(node.op_type == "GroupQueryAttention" for node in graph.graph.all_nodes()):
+            notes.append("a batch of several texts continues one token at a time: ONNX Runtime's GroupQueryAttention")
+        return notes
 
     def weights_equal(self, model: ExportableModel, directory: Path) -> bool | None:
         """Compare every code, scale and zero point of the saved graph with the model's.
@@ -102,12 +128,18 @@ class Onnx(GraphExporter[OnnxParams]):
 
 
 def save_graph(graph: ir.Model, directory: Path) -> None:
-    """Write `model.onnx` and `model.onnx.data`, in standard operators where they are still ours."""
+    """Write `model.onnx` and `model.onnx.data`, in standard operators where they are still ours.
+
+    Raises:
+        LlmoptError: ONNX Runtime has no kernel for an operator of the graph.
+    """
     import onnx_ir as ir
 
     from ..graphs.attention import spell_out
+    from ..graphs.kernels import check_kernels
 
     spell_out(graph)
+    check_kernels(graph)
     name_nodes(graph)
     ir.save(graph, directory / GRAPH, external_data=DATA)
 

@@ -67,7 +67,10 @@ class OnnxSession(Session):
         Raises:
             LlmoptError: the graph asks for an input that is not there, or the run fails.
         """
-        results = self._run(inputs, past=None)
+        results = self._run(inputs)
+        ids, logits = inputs.get("input_ids"), results.get("logits")
+        if ids is not None and logits is not None and logits.ndim == 3 and logits.shape[1] < ids.shape[1]:
+            return {"logits": self._score(inputs)}
         return {name: value for name, value in results.items() if not name.startswith(_PRESENT)}
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
@@ -85,19 +88,72 @@ class OnnxSession(Session):
             )
         if "decoder_input_ids" in self._inputs:
             return self._generate_decoder(prompt, max_new_tokens)
+        if not any(name.startswith(_PAST) for name in self._inputs):
+            return self._generate_anew(prompt, max_new_tokens)
         tokens = list(prompt)
         past: dict[str, Any] | None = None
         for _ in range(max_new_tokens):
             fresh = tokens if past is None else tokens[-1:]
-            results = self._run({"input_ids": np.asarray([fresh], np.int64)}, past=past)
-            tokens.append(int(results["logits"][0, -1].argmax()))
-            past = {_PAST + name.removeprefix(_PRESENT): results[name] for name in results if name.startswith(_PRESENT)}
-            past = past or None
+            logits, past = self._step(np.asarray([fresh], np.int64), np.ones((1, len(tokens)), np.int64), past)
+            tokens.append(int(logits[0, -1].argmax()))
         return tokens[len(prompt) :]
 
     def close(self) -> None:
         """Free the engine's session."""
         self._session = None
+
+    def _score(self, inputs: Arrays) -> np.ndarray[Any, Any]:
+        """Return the logits of every position from a graph that computes them for the last one: token by token."""
+        import numpy as np
+
+        ids = np.asarray(inputs["input_ids"])
+        mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)))
+        past: dict[str, Any] | None = None
+        scores: list[np.ndarray[Any, Any]] = []
+        for place in range(ids.shape[1]):
+            logits, past = self._step(ids[:, place : place + 1], mask[:, : place + 1], past)
+            scores.append(logits)
+        return np.concatenate(scores, axis=1)
+
+    def _step(
+        self, fresh: np.ndarray[Any, Any], mask: np.ndarray[Any, Any], past: Mapping[str, Any] | None
+    ) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+        """Run `fresh` tokens behind a cache that stays with the engine: no copy of it goes through numpy.
+
+        Args:
+            fresh: (batch, tokens).
+            mask: (batch, tokens with those of the cache), 0 where there is padding.
+            past: the cache as the engine returned it, None for none.
+
+        Returns:
+            The logits, and the cache with the fresh tokens in it.
+        """
+        known = {"input_ids": fresh, "attention_mask": mask}
+        feed = {name: self._typed(name, value) for name, value in known.items() if name in self._inputs}
+        kept = dict(past or {})
+        feed |= self._supplied(known, feed | kept, mask.shape[1] - fresh.shape[1])
+        self._require({*feed, *kept})
+        binding = self._session.io_binding()
+        with engine_errors("the graph does not run", self._directory):
+            for name, value in feed.items():
+                binding.bind_cpu_input(name, value)
+            for name, value in kept.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self._outputs:
+                binding.bind_output(name)
+            self._session.run_with_iobinding(binding)
+        made = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        present = {name: value for name, value in made.items() if name.startswith(_PRESENT)}
+        return made["logits"].numpy(), {_PAST + name.removeprefix(_PRESENT): each for name, each in present.items()}
+
+    def _generate_anew(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Continue a prompt without a cache."""
+        import numpy as np
+
+        tokens = list(prompt)
+        for _ in range(max_new_tokens):
+            tokens.append(int(self._run({"input_ids": np.asarray([tokens], np.int64)})["logits"][0, -1].argmax()))
+        return tokens[len(prompt) :]
 
     def _generate_decoder(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         import numpy as np
@@ -106,7 +162,7 @@ class OnnxSession(Session):
         tokens = [self._decoder_start()]
         for _ in range(max_new_tokens):
             inputs = {"input_ids": source, "decoder_input_ids": np.asarray([tokens], np.int64)}
-            tokens.append(int(self._run(inputs, past=None)["logits"][0, -1].argmax()))
+            tokens.append(int(self._run(inputs)["logits"][0, -1].argmax()))
         return tokens[1:]
 
     def _decoder_start(self) -> int:
@@ -116,23 +172,31 @@ class OnnxSession(Session):
             raise LlmoptError("config.json has no decoder_start_token_id", where=str(self._directory))
         return int(start)
 
-    def _run(self, inputs: Arrays, past: Mapping[str, Any] | None) -> dict[str, np.ndarray[Any, Any]]:
+    def _run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         feed = {name: self._typed(name, value) for name, value in inputs.items() if name in self._inputs}
-        feed |= past or {}
-        feed |= self._supplied(inputs, feed)
-        missing = sorted(set(self._inputs) - set(feed))
-        if missing:
-            raise LlmoptError(f"the graph needs the input(s) {', '.join(missing)}", where=str(self._directory))
+        feed |= self._supplied(inputs, feed, 0)
+        self._require(set(feed))
         with engine_errors("the graph does not run", self._directory):
             return dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
+
+    def _require(self, names: set[str]) -> None:
+        missing = sorted(set(self._inputs) - names)
+        if missing:
+            raise LlmoptError(f"the graph needs the input(s) {', '.join(missing)}", where=str(self._directory))
 
     def _typed(self, name: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         import numpy as np
 
         return np.asarray(value, _dtype(self._inputs[name].type))
 
-    def _supplied(self, inputs: Arrays, feed: Mapping[str, Any]) -> dict[str, Any]:
-        """Make the inputs that follow from the tokens: mask, positions, token types and an empty cache."""
+    def _supplied(self, inputs: Arrays, feed: Mapping[str, Any], done: int) -> dict[str, Any]:
+        """Make the inputs that follow from the tokens: mask, positions, token types and an empty cache.
+
+        Args:
+            inputs: what was given.
+            feed: the same, as the graph takes it.
+            done: how many tokens a cache already holds.
+        """
         import numpy as np
 
         main = next((feed[name] for name in ("input_ids", "input_features", "pixel_values") if name in feed), None)
@@ -141,8 +205,6 @@ class OnnxSession(Session):
         for name, value in self._inputs.items():
             if name.startswith(_PAST) and name not in feed:
                 made[name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), _dtype(value.type))
-        caches = [value for name, value in {**feed, **made}.items() if name.startswith(_PAST)]
-        done = caches[0].shape[2] if caches else 0
         if main is None or "input_ids" not in feed:
             return made
         length = main.shape[1]

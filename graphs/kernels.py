@@ -1,0 +1,87 @@
+"""Whether ONNX Runtime can run a graph: the installed one is asked for its kernels, no list of ours."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cache
+from typing import TYPE_CHECKING
+
+from ..core.errors import LlmoptError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_PROVIDER = "CPUExecutionProvider"
+_OPEN_END = 2**31 - 1
+
+
+def check_kernels(model: ir.Model) -> None:
+    """Refuse a graph with an operator that ONNX Runtime has no kernel for on a CPU.
+
+    Raises:
+        LlmoptError: it names the operators.
+    """
+    local = {(domain, name) for domain, name, _ in model.functions}
+    missing: dict[str, int] = defaultdict(int)
+    for node in model.graph.all_nodes():
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        opset = node.version or model.opset_imports.get(domain, 1)
+        if (domain, node.op_type) not in local and not _runs(domain, node.op_type, opset):
+            missing[f"{domain or 'ai.onnx'}.{node.op_type} of opset {opset}"] += 1
+    if missing:
+        from onnxruntime import __version__
+
+        raise LlmoptError(
+            f"ONNX Runtime {__version__} has no CPU kernel for {len(missing)} operator(s) of the graph",
+            where="\n".join(f"{name}, {count} node(s)" for name, count in sorted(missing.items())),
+            hint="export with `fuse: false` or another `opset`, or install a newer onnxruntime",
+        )
+
+
+def _runs(domain: str, operator: str, opset: int) -> bool:
+    """Return whether there is a kernel, or the engine puts other operators in the place of this one.
+
+    1. A kernel without an end serves the version of the operator that it names, no later one.
+    2. A kernel with an end serves all versions between.
+    3. What ONNX defines as a function of other operators is replaced by them; Constant becomes an initializer.
+    """
+    versions = [version for version in _versions().get((domain, operator), ()) if version <= opset]
+    if not versions:
+        return False
+    version = max(versions)
+    for start, end in _kernels().get((domain, operator), ()):
+        if start == version or (end != _OPEN_END and start <= version <= end):
+            return True
+    return (domain, operator) == ("", "Constant") or _is_function(domain, operator, opset)
+
+
+def _is_function(domain: str, operator: str, opset: int) -> bool:
+    from onnx import defs
+
+    if not defs.has(operator, domain=domain):
+        return False
+    schema = defs.get_schema(operator, max_inclusive_version=opset, domain=domain)
+    return schema.has_function or schema.has_context_dependent_function
+
+
+@cache
+def _versions() -> dict[tuple[str, str], set[int]]:
+    """Return the opsets in which each operator changed."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as engine
+
+    found: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for schema in engine.get_all_operator_schema():  # pyright: ignore[reportAttributeAccessIssue]
+        found[schema.domain, schema.name].add(schema.since_version)
+    return found
+
+
+@cache
+def _kernels() -> dict[tuple[str, str], list[tuple[int, int]]]:
+    """Return the first and last version that each kernel serves."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as engine
+
+    found: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for kernel in engine.get_all_opkernel_def():  # pyright: ignore[reportAttributeAccessIssue]
+        if kernel.provider == _PROVIDER:
+            found[kernel.domain, kernel.op_name].append(kernel.version_range)
+    return found
