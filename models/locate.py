@@ -12,6 +12,7 @@ from typing import Any
 from ..core.errors import LlmoptError, UsageError
 from ..core.recipe import ModelSpec
 
+GRAPH = "model.onnx"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _SNAPSHOT = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
@@ -25,12 +26,14 @@ class Location:
         source: what the user wrote.
         revision: the commit, for a hub repository.
         trust_remote_code: whether Python code of the model may run.
+        graph: the ONNX file that is the model, None where weights in safetensors are.
     """
 
     folder: Path
     source: str
     revision: str | None = None
     trust_remote_code: bool = False
+    graph: Path | None = None
 
 
 def locate(spec: ModelSpec) -> Location:
@@ -41,9 +44,13 @@ def locate(spec: ModelSpec) -> Location:
         LlmoptError: the hub does not answer or does not have it.
     """
     path = Path(spec.id).expanduser()
+    if path.is_file() and path.suffix == ".onnx":
+        return Location(path.parent, spec.id, graph=path)
     if path.is_file():
         raise UsageError(f"`{spec.id}` is a file, not a model folder", hint="give the folder that holds config.json")
     if path.is_dir():
+        if (graph := _graph_in(path, spec)) is not None:
+            return Location(path, spec.id, graph=graph)
         folder, revision = path, None
     elif looks_like_hub_id(spec.id):
         folder = _snapshot(spec)
@@ -52,6 +59,24 @@ def locate(spec: ModelSpec) -> Location:
         raise UsageError(f"no model at `{spec.id}`", hint=_missing_hint(path))
     check_folder(folder, spec)
     return Location(folder, spec.id, revision, spec.trust_remote_code)
+
+
+def _graph_in(folder: Path, spec: ModelSpec) -> Path | None:
+    """Return the ONNX file of a folder that holds no safetensors, None if it holds none.
+
+    Raises:
+        UsageError: it holds several, or one by another name, so that it is not clear which is meant.
+    """
+    graphs = sorted(folder.glob("*.onnx"))
+    if not graphs or any(folder.glob("*.safetensors")):
+        return None
+    if folder / GRAPH not in graphs:
+        raise UsageError(
+            f"`{spec.id}` holds no {GRAPH}",
+            where=f"its graphs are {', '.join(graph.name for graph in graphs[:5])}",
+            hint=f"give the file itself, such as {graphs[0]}",
+        )
+    return folder / GRAPH
 
 
 def read_config(folder: Path) -> dict[str, Any]:
