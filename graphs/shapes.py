@@ -40,23 +40,30 @@ def without_weights(model: ir.Model) -> Iterator[onnx.ModelProto]:
 def infer_shapes(model: ir.Model) -> None:
     """Work out types and symbolic sizes of all values, ONNX Runtime's own operators included.
 
-    What the library cannot follow is left as it is: shapes are a help here, no condition.
+    What ONNX Runtime's library cannot follow onnx's own does, and what neither can is left as it is: shapes are a help
+    here, no condition.
     """
+    import onnx
+
     with without_weights(model) as proto:
+        plain = ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
         try:
-            found = ir.from_proto(_inferred(proto))
+            symbolic = ir.from_proto(_inferred(proto))
         except Exception:  # noqa: BLE001 -- whatever its thousand lines of rules raise
-            return
-    for graph, known in zip(model.graphs(), found.graphs(), strict=True):
-        by_name = {value.name: value for node in known for value in node.outputs}
-        for value in [value for node in graph for value in node.outputs]:
-            other = by_name.get(value.name)
-            if other is None:
-                continue
-            if value.type is None:
-                value.type = other.type
-            if other.shape is not None and (value.shape is None or len(value.shape) == len(other.shape)):
-                value.shape = other.shape
+            symbolic = plain
+    for found, only_missing in ((symbolic, False), (plain, True)):
+        for graph, known in zip(model.graphs(), found.graphs(), strict=True):
+            by_name = {value.name: value for node in known for value in node.outputs}
+            for value in [value for node in graph for value in node.outputs]:
+                if (other := by_name.get(value.name)) is not None and not (only_missing and value.shape is not None):
+                    _take_over(value, other)
+
+
+def _take_over(value: ir.Value, other: ir.Value) -> None:
+    if value.type is None:
+        value.type = other.type
+    if other.shape is not None and (value.shape is None or len(value.shape) == len(other.shape)):
+        value.shape = other.shape
 
 
 def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +15,9 @@ from llmopt.graphs.opsets import ConversionError, convert_opset, opset_of
 from llmopt.graphs.shapes import axis_name, fix_axes, infer_shapes, input_axes
 from llmopt.graphs.simplification import simplify
 from running import SIZES, largest_difference, names, run, written
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20]>'
 QUICK = {"bert", "gpt2", "t5"}
@@ -189,6 +192,18 @@ class TestSimplify:
         assert operators(model) == ["Reshape"]
         x = np.ones((3, 5, 8), np.float32)
         assert run(model, {"x": x})[0].shape == (3, 5, 2, 4)
+
+
+def test_shapes_that_cannot_be_worked_out_are_left_and_nothing_is_written(tmp_path: Path, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    header = '<ir_version: 10, opset_import: ["" : 20, "com.example" : 1]>'
+    body = "a = com.example.Odd (x) b = Relu (x) y = Add (a, b)"
+    model = written(f"{header} g (float[N, 4] x) => (float[A, B] y) {{ {body} }}")
+    infer_shapes(model)
+    odd, relu, _ = model.graph
+    assert odd.outputs[0].shape is None
+    assert list(relu.outputs[0].shape or ()) == ["N", 4]
+    assert not list(tmp_path.iterdir())
 
 
 class TestFixAxes:
