@@ -69,7 +69,7 @@ class Parameter:
 
 def value_text(value: Any) -> str:
     """Return a parameter's value as people write it; "" for what is empty."""
-    if value is None or value == ():
+    if value is None or value in ((), {}):
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -141,6 +141,8 @@ def _words(kind: inspect.Type) -> str:
         item = _item(kind)
         fields = "" if item is None else ", ".join(f"`{name}`" for name in item.__struct_encode_fields__)
         return f"list of mappings with {fields}" if fields else f"list of {_words(kind.item_type)}"
+    if isinstance(kind, inspect.DictType):
+        return f"mapping of names to {_words(kind.value_type)}"
     if isinstance(kind, inspect.UnionType):
         # None is what stands when nothing is given; nobody writes it.
         return " or ".join(_words(item) for item in kind.types if not isinstance(item, inspect.NoneType))

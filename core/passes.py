@@ -172,14 +172,20 @@ class GraphPass(Pass[P]):
 
     Attributes:
         rounds: whether it rounds weights. Codes that earlier passes gave them are put into the graph before that.
+        reads_attention: whether it looks for attention, which in a graph that we did not trace must be found first.
     """
 
     accepts: ClassVar[Literal["torch", "onnx"]] = "onnx"
     rounds: ClassVar[bool] = False
+    reads_attention: ClassVar[bool] = False
 
     def run(self, model: GraphModel, context: PassContext) -> PassResult:
         """Change the graph in place and return what was done."""
         raise NotImplementedError
+
+    def fixed_axes(self) -> Mapping[str, int]:
+        """Return the axes of the graph's inputs that the pass gives a size, by name: `batch`, `sequence` and others."""
+        return {}
 
     def drop(self) -> float | None:
         """Return how much of the outputs may be lost, as mean 1 - cosine; None when they stay as they were."""

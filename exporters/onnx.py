@@ -10,7 +10,7 @@ go in, `logits` and `present.N.key|value` come out.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from msgspec import Meta
 
@@ -89,6 +89,8 @@ class Onnx(GraphExporter[OnnxParams]):
         Raises:
             LlmoptError: it cannot be traced, or its logits are made in a way of their own.
         """
+        from ..graphs.folding import share_transposed
+
         cache = self.params.cache and model.facts.is_causal_lm
         graph = trace(model.materialize(), cache=cache, opset=self.params.opset)
         share_transposed(graph)
@@ -144,43 +146,19 @@ def save_graph(graph: ir.Model, directory: Path) -> None:
     ir.save(graph, directory / GRAPH, external_data=DATA)
 
 
-def share_transposed(model: ir.Model) -> None:
-    """Store a tied embedding once: the head's matrix is the embedding's, transposed, as the tracer writes it twice.
-
-    ONNX Runtime transposes it again when it loads the graph, not at every run.
-    """
-    import numpy as np
-    import onnx_ir as ir
-
-    first = [node.inputs[0] for node in model.graph if node.op_type == "Gather"]
-    tables = dict.fromkeys(value for value in first if value is not None and value.is_initializer())
-    for node in list(model.graph):
-        matrix = node.inputs[1] if node.op_type == "MatMul" else None
-        if matrix is None or not matrix.is_initializer() or matrix.const_value is None:
-            continue
-        for table in tables:
-            tensor = table.const_value
-            if tensor is None or list(tensor.shape) != list(matrix.const_value.shape)[::-1]:
-                continue
-            if np.array_equal(tensor.numpy(), matrix.const_value.numpy().T):
-                transpose = ir.node("Transpose", [table], attributes={"perm": [1, 0]})
-                transpose.outputs[0].type, transpose.outputs[0].shape = matrix.type, matrix.shape
-                model.graph.insert_before(node, transpose)
-                node.replace_input_with(1, transpose.outputs[0])
-                if not matrix.uses():
-                    model.graph.initializers.pop(cast("str", matrix.name))
-                break
-
-
 def name_nodes(model: ir.Model) -> None:
     """Name every node and value by its place in the graph: the same model gives the same bytes."""
     kept: set[Any] = {*model.graph.inputs, *model.graph.outputs}
+    taken = {value.name for graph in model.graphs() for value in (*graph.inputs, *graph.outputs)}
+    taken |= {name for graph in model.graphs() for name in graph.initializers}
     number = 0
     for node in model.graph.all_nodes():
         node.name = f"{node.op_type}_{number}"
         for value in node.outputs:
             if value not in kept and not value.is_graph_output():
                 number += 1
+                while f"value_{number}" in taken:
+                    number += 1
                 value.name = f"value_{number}"
         number += 1
 

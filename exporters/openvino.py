@@ -15,7 +15,7 @@ from msgspec import Meta
 from ..core.errors import LlmoptError, UsageError
 from ..core.exports import ExportableModel, GraphExporter
 from ..core.params import Params
-from .onnx import GRAPH, save_graph, share_transposed
+from .onnx import GRAPH, save_graph
 from .onnx_trace import captured, trace
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class OpenVino(GraphExporter[OpenVinoParams]):
 
     def trace(self, model: ExportableModel) -> ir.Model:
         """Trace the model's forward pass, with a cache where it is a language model."""
+        from ..graphs.folding import share_transposed
+
         graph = trace(model.materialize(), cache=self.params.cache and model.facts.is_causal_lm, opset=None)
         share_transposed(graph)
         return graph

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -21,21 +20,11 @@ from ..core.facts import ModelFacts
 from ..core.model import Rotation, RotationReport
 from ..core.progress import Reporter
 from ..core.quantized import Grid, QuantizedWeight
-from .checkpoint import INDEX, Checkpoint
+from .checkpoint import Checkpoint
 from .locate import Location
-from .sentence import MODULES
+from .side_files import copy_side_files
 from .skeleton import Skeleton, own_experts_choice
 from .store import WorkStore, dequantize_into
-
-_SIDE_FILES = ("*.json", "vocab*.txt", "merges.txt", "*.model", "*.jinja", "*.tiktoken")
-_NOT_SIDE_FILES = {
-    "config.json",
-    INDEX,
-    "pytorch_model.bin.index.json",
-    "llmopt.json",
-    "llmopt.reference.json",
-    MODULES,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,11 +201,7 @@ class TorchModel:
         config.update(config_changes or {})
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
-        patterns = (*_SIDE_FILES, "*.py") if self.location.trust_remote_code else _SIDE_FILES
-        for pattern in patterns:
-            for path in sorted(self.location.folder.glob(pattern)):
-                if path.is_file() and path.name not in _NOT_SIDE_FILES:
-                    shutil.copyfile(path, directory / path.name)
+        copy_side_files(self.location.folder, directory, with_code=self.location.trust_remote_code)
         if self.location.sentence is not None:
             self.location.sentence.save(directory)
 

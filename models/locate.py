@@ -13,6 +13,7 @@ from ..core.errors import LlmoptError, UsageError
 from ..core.recipe import ModelSpec, Task
 from .sentence import Sentence, is_sentence_folder, read_sentence
 
+GRAPH = "model.onnx"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _SNAPSHOT = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
@@ -28,6 +29,7 @@ class Location:
         trust_remote_code: whether Python code of the model may run.
         task: what the model is used for, where that is not what config.json says.
         sentence: how it makes embeddings of texts, None when it does not.
+        graph: the ONNX file that is the model, None where weights in safetensors are.
     """
 
     folder: Path
@@ -36,6 +38,7 @@ class Location:
     trust_remote_code: bool = False
     task: Task | None = None
     sentence: Sentence | None = None
+    graph: Path | None = None
 
 
 def locate(spec: ModelSpec) -> Location:
@@ -46,9 +49,13 @@ def locate(spec: ModelSpec) -> Location:
         LlmoptError: the hub does not answer or does not have it.
     """
     path = Path(spec.id).expanduser()
+    if path.is_file() and path.suffix == ".onnx":
+        return Location(path.parent, spec.id, graph=path)
     if path.is_file():
         raise UsageError(f"`{spec.id}` is a file, not a model folder", hint="give the folder that holds config.json")
     if path.is_dir():
+        if (graph := _graph_in(path, spec)) is not None:
+            return Location(path, spec.id, graph=graph)
         folder, revision = path, None
     elif looks_like_hub_id(spec.id):
         folder = _snapshot(spec)
@@ -62,6 +69,24 @@ def locate(spec: ModelSpec) -> Location:
         return Location(sentence.transformer, spec.id, revision, spec.trust_remote_code, task, sentence)
     check_folder(folder, spec)
     return Location(folder, spec.id, revision, spec.trust_remote_code, spec.task)
+
+
+def _graph_in(folder: Path, spec: ModelSpec) -> Path | None:
+    """Return the ONNX file of a folder that holds no safetensors, None if it holds none.
+
+    Raises:
+        UsageError: it holds several, or one by another name, so that it is not clear which is meant.
+    """
+    graphs = sorted(folder.glob("*.onnx"))
+    if not graphs or any(folder.glob("*.safetensors")):
+        return None
+    if folder / GRAPH not in graphs:
+        raise UsageError(
+            f"`{spec.id}` holds no {GRAPH}",
+            where=f"its graphs are {', '.join(graph.name for graph in graphs[:5])}",
+            hint=f"give the file itself, such as {graphs[0]}",
+        )
+    return folder / GRAPH
 
 
 def read_config(folder: Path) -> dict[str, Any]:

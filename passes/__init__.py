@@ -12,9 +12,12 @@ PASSES: Registry[Pass[Any]] = Registry(
     __name__,
     {
         "allocate-bits": "allocate_bits:AllocateBits",
-        "awq": "awq:Awq",
         "autoround": "autoround:Autoround",
+        "awq": "awq:Awq",
         "cast": "cast:Cast",
+        "convert-opset": "convert_opset:ConvertOpset",
+        "fix-shapes": "fix_shapes:FixShapes",
+        "fold": "fold:Fold",
         "fold-norms": "fold_norms:FoldNorms",
         "fuse": "fuse:Fuse",
         "gptq": "gptq:Gptq",
@@ -26,6 +29,7 @@ PASSES: Registry[Pass[Any]] = Registry(
         "remove-padding": "remove_padding:RemovePadding",
         "rotate": "rotate:Rotate",
         "rtn": "rtn:Rtn",
+        "simplify": "simplify:Simplify",
         "smooth": "smooth:Smooth",
     },
 )

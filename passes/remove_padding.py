@@ -43,7 +43,8 @@ class RemovePadding(GraphPass[RemovePaddingParams]):
     """
 
     name: ClassVar[str] = "remove-padding"
-    not_after: ClassVar[frozenset[str]] = frozenset({"remove-padding", "fuse"})
+    not_after: ClassVar[frozenset[str]] = frozenset({"remove-padding", "fuse", "convert-opset", "fix-shapes"})
+    reads_attention: ClassVar[bool] = True
     Params: ClassVar[type[Params]] = RemovePaddingParams
 
     def check(self, facts: ModelFacts, target: Target) -> None:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ..core.exports import ExportResult, GraphExporter
+from ..core.exports import ExportableModel, ExportResult, GraphExporter
 from ..core.graph import GraphModel
 from ..core.passes import GraphPass, PassContext, PassResult
 from ..graphs.nodes import size
 from ..models.handle import TorchModel
+from ..models.onnx_file import GraphSource
 from ..models.text import batches
 from ..passes import PASSES
 
@@ -23,10 +24,16 @@ AnyGraphPass = GraphPass[Any]
 Array = np.ndarray[Any, Any]
 
 
-def graph_passes(exporter: GraphExporter[Any], passes: Sequence[Any]) -> list[AnyGraphPass]:
-    """Return the passes that run on an exporter's graph: the recipe's, or the exporter's own where it names none."""
+def graph_passes(exporter: GraphExporter[Any], passes: Sequence[Any], *, traced: bool = True) -> list[AnyGraphPass]:
+    """Return the passes that run on an exporter's graph: the recipe's, or the exporter's own where it names none.
+
+    Args:
+        exporter: the format.
+        passes: the recipe's.
+        traced: whether the graph is traced; one that is a source is left as it is where the recipe names none.
+    """
     named = [cast("AnyGraphPass", one) for one in passes if isinstance(one, GraphPass)]
-    if named:
+    if named or not traced:
         return named
     made = [PASSES.load(name) for name in exporter.default_passes()]
     return cast("list[AnyGraphPass]", [kind(kind.Params()) for kind in made])
@@ -34,14 +41,14 @@ def graph_passes(exporter: GraphExporter[Any], passes: Sequence[Any]) -> list[An
 
 def export_graph(
     exporter: GraphExporter[Any],
-    model: TorchModel,
+    model: TorchModel | GraphSource,
     passes: Sequence[AnyGraphPass],
     directory: Path,
     *,
     rows: Sequence[Sequence[int]],
     context: PassContext,
 ) -> tuple[ExportResult, list[PassResult]]:
-    """Trace, run the passes, and write.
+    """Trace, or read the graph where the model is one, run the passes, and write.
 
     Args:
         exporter: the format.
@@ -52,22 +59,39 @@ def export_graph(
         context: for the passes.
     """
     results: list[PassResult] = []
-    with context.reporter.step("tracing to ONNX", 1 + len(passes) + 1) as step:
-        graph = exporter.trace(model)
-        step.advance(detail="traced")
+    title = "reading the graph" if isinstance(model, GraphSource) else "tracing to ONNX"
+    with context.reporter.step(title, 1 + len(passes) + 1) as step:
+        graph = _read(model, passes) if isinstance(model, GraphSource) else exporter.trace(model)
+        step.advance(detail="traced" if isinstance(model, TorchModel) else "read")
         feeds = _feeds(graph, rows, decoder=model.facts.is_encoder_decoder)
         state = GraphModel(graph=graph, facts=model.facts, engine=exporter.engine, feeds=feeds)
         notes: list[str] | None = None
         for one in passes:
-            if one.rounds and notes is None:
+            if one.rounds and notes is None and isinstance(model, TorchModel):
                 notes = exporter.carry_codes(state.graph, model)
             results.append(one.run(state, context))
             step.advance(detail=one.name)
         if notes is None:
-            notes = exporter.carry_codes(state.graph, model)
-        notes += exporter.save(state.graph, model, directory)
+            notes = exporter.carry_codes(state.graph, model) if isinstance(model, TorchModel) else []
+        # Of a graph's source, saving asks for facts and side files alone.
+        notes += exporter.save(state.graph, cast("ExportableModel", model), directory)
         step.advance(detail="saved")
     return ExportResult(notes), results
+
+
+def _read(source: GraphSource, passes: Sequence[AnyGraphPass]) -> ir.Model:
+    """Return the source's graph, with the sizes of its values, and its attention found where a pass looks for it."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    from ..graphs.raising import raise_attention
+    from ..graphs.shapes import infer_shapes
+
+    graph = source.graph()
+    ClearMetadataAndDocStringPass()(graph)  # exporters note stack traces there, with the paths of a machine
+    infer_shapes(graph)
+    if any(one.reads_attention for one in passes):
+        raise_attention(graph)
+    return graph
 
 
 def _feeds(graph: ir.Model, rows: Sequence[Sequence[int]], *, decoder: bool) -> list[Mapping[str, Array]]:
@@ -76,7 +100,7 @@ def _feeds(graph: ir.Model, rows: Sequence[Sequence[int]], *, decoder: bool) -> 
     feeds: list[Mapping[str, Array]] = []
     for batch in batches(rows, decoder=decoder):
         feed: dict[str, Array] = {name: tensor.numpy() for name, tensor in batch.items() if name in names}
-        ids = feed["input_ids"]
+        ids: Array = feed["input_ids"]
         made: dict[str, Array] = {
             "attention_mask": np.ones_like(ids),
             "token_type_ids": np.zeros_like(ids),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..evaluation.parity import Comparison, Tolerance
 from ..exporters.dummy_inputs import accepted, sample_inputs
 from ..models.handle import TorchModel
 from ..models.locate import context_length
+from ..models.onnx_file import GraphSource
 from ..models.reference import reference_outputs, streamed_outputs
 from ..models.text import batches, random_rows
 from ..models.unpacked import UnpackedFolder, same_weights
@@ -55,55 +57,103 @@ class Reference:
     samples: str
 
 
-def make_reference(model: TorchModel, rows: Sequence[Sequence[int]], seed: int) -> Reference:
+@dataclass(frozen=True, slots=True)
+class TextFacts:
+    """What token ids a model takes.
+
+    Attributes:
+        vocabulary: how many there are.
+        parameters: weights that each is multiplied with.
+        context: how many a row may have, None where there is no limit.
+        decoder: whether the model has a decoder beside its encoder, which is given the same ids.
+    """
+
+    vocabulary: int
+    parameters: int
+    context: int | None
+    decoder: bool
+
+
+def make_reference(
+    model: TorchModel, rows: Sequence[Sequence[int]], seed: int, axes: Mapping[str, int] = MappingProxyType({})
+) -> Reference:
     """Compute what artifacts are compared with.
 
     Args:
         model: the model as the passes left it.
         rows: held-out token rows; random ones are made when there are none.
         seed: for the random ones.
+        axes: sizes that the artifacts' inputs must have, by name.
     """
     skeleton = model.skeleton()
     if skeleton.model.main_input_name != "input_ids":
         inputs, samples = [dict(sample_inputs(skeleton.model).tensors)], "made-up inputs"
     else:
-        vocabulary = skeleton.config.get_text_config().vocab_size
-        tokens = max(_FEWEST, min(ROWS * LENGTH, _LOGITS // vocabulary, _MULTIPLICATIONS // model.facts.parameters))
-        length = min(LENGTH, tokens // 2, context_length(skeleton.config.to_dict()) or LENGTH)
-        count = min(ROWS, tokens // length)
-        cut = [list(row[:length]) for row in rows[:count]]
-        samples = "held-out calibration text" if cut else "random token ids"
-        cut = cut or random_rows(vocabulary, rows=count, length=length, seed=seed)
-        decoder = skeleton.has_decoder
-        inputs = batches(cut, decoder=decoder)
-        if not model.facts.is_causal_lm and "attention_mask" in accepted(skeleton.model):
+        text = TextFacts(
+            skeleton.config.get_text_config().vocab_size,
+            model.facts.parameters,
+            context_length(skeleton.config.to_dict()),
+            decoder=skeleton.has_decoder,
+        )
+        inputs, samples = token_batches(text, rows, seed, axes)
+        if not axes and not model.facts.is_causal_lm and "attention_mask" in accepted(skeleton.model):
             padding = getattr(skeleton.config.get_text_config(), "pad_token_id", None)
-            inputs = [ragged(cut, 0 if padding is None else padding, decoder=decoder)]
+            inputs = [ragged(inputs, 0 if padding is None else padding)]
     kind = type(skeleton.model).__name__
     del skeleton
     outputs = [real_only(batch, made) for batch, made in zip(inputs, reference_outputs(model, inputs), strict=True)]
-    for name, value in (item for batch in outputs for item in batch.items()):
+    return finite(Reference(inputs, outputs, samples), kind)
+
+
+def token_batches(
+    text: TextFacts, rows: Sequence[Sequence[int]], seed: int, axes: Mapping[str, int]
+) -> tuple[list[dict[str, Tensor]], str]:
+    """Return token ids to compare answers on, as many as the model's size leaves time for, and what they are.
+
+    Args:
+        text: of the model.
+        rows: held-out token rows; random ones are made when there are none, or none is long enough.
+        seed: for the random ones.
+        axes: the sizes that `batch` and `sequence` must have, where they are fixed.
+    """
+    tokens = max(_FEWEST, min(ROWS * LENGTH, _LOGITS // text.vocabulary, _MULTIPLICATIONS // text.parameters))
+    length = axes.get("sequence", min(LENGTH, tokens // 2, text.context or LENGTH))
+    batch = axes.get("batch", 1)
+    count = max(1, min(ROWS, tokens // length) // batch) * batch
+    cut = [list(row[:length]) for row in rows[:count] if len(row) >= length or not axes]
+    if len(cut) % batch or not cut:
+        cut, samples = random_rows(text.vocabulary, rows=count, length=length, seed=seed), "random token ids"
+    else:
+        samples = "held-out calibration text"
+    return batches(cut, decoder=text.decoder, tokens=batch * length if "batch" in axes else 2048), samples
+
+
+def finite(reference: Reference, kind: str) -> Reference:
+    """Return a reference whose answers are numbers.
+
+    Raises:
+        LlmoptError: one is NaN or infinite.
+    """
+    for name, value in (item for batch in reference.outputs for item in batch.items()):
         if not bool(torch.isfinite(value).all()):
             raise LlmoptError(
                 f"the `{name}` of {kind} hold NaN or Inf",
-                where=f"computed from {samples}, in float32",
+                where=f"computed from {reference.samples}, in float32",
                 hint="the model overflows: check its weights",
             )
-    for batch, made in zip(inputs, outputs, strict=True):
-        if "attention_mask" in batch:
-            made.pop("last_hidden_state", None)  # what a padding token's state is means nothing
-    return Reference(inputs, outputs, samples)
+    return reference
 
 
-def ragged(rows: Sequence[Sequence[int]], padding: int, *, decoder: bool) -> dict[str, Tensor]:
-    """Return one batch of rows cut to different lengths and padded on the right, as an encoder meets them."""
+def ragged(inputs: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, Tensor]:
+    """Return the rows of batches as one, cut to different lengths and padded on the right, as an encoder meets them."""
+    rows = [row for batch in inputs for row in batch["input_ids"]]
     longest = max(len(row) for row in rows)
-    lengths = [max(1, longest * (number + 1) // len(rows)) for number in range(len(rows))]
-    cut = [torch.tensor(list(row[:length])) for row, length in zip(rows, lengths, strict=True)]
+    cut = [row[: max(1, longest * (number + 1) // len(rows))] for number, row in enumerate(rows)]
     ids = torch.nn.utils.rnn.pad_sequence(cut, batch_first=True, padding_value=padding)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in cut], batch_first=True)
     made = {"input_ids": ids, "attention_mask": mask}
-    return made | {"decoder_input_ids": torch.tensor([list(row) for row in rows])} if decoder else made
+    decoded = [row for batch in inputs for row in batch.get("decoder_input_ids", ())]
+    return made | {"decoder_input_ids": torch.stack(decoded)} if decoded else made
 
 
 def real_only(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +170,12 @@ def _masked(value: Any, mask: Any) -> Any:
 
 
 def compare(
-    exporter: Exporter[Any], model: TorchModel, directory: Path, reference: Reference, *, drop: float | None = None
+    exporter: Exporter[Any],
+    model: TorchModel | GraphSource,
+    directory: Path,
+    reference: Reference,
+    *,
+    drop: float | None = None,
 ) -> Parity:
     """Open the artifact in its runtime, read its weights back, and compare its outputs with the reference.
 
@@ -134,7 +189,9 @@ def compare(
     runtime = RUNTIMES.load(exporter.opened_in())()
     comparison = Comparison()
     version = runtime.version()
-    if runtime.name != "transformers" or model.facts.parameters * 4 <= WHOLE_BYTES:
+    if isinstance(model, GraphSource):
+        weights_equal, answers = None, _opened(runtime, directory, reference)
+    elif runtime.name != "transformers" or model.facts.parameters * 4 <= WHOLE_BYTES:
         weights_equal = exporter.weights_equal(model, directory)
         answers = _opened(runtime, directory, reference)
     elif same_weights(model, directory):
@@ -173,7 +230,7 @@ def _streamed(model: TorchModel, directory: Path, reference: Reference) -> Itera
         yield {name: tensor.float().numpy() for name, tensor in made.items()}
 
 
-def tolerance_of(exporter: Exporter[Any], model: TorchModel) -> Tolerance:
+def tolerance_of(exporter: Exporter[Any], model: TorchModel | GraphSource) -> Tolerance:
     """Return the limits for an export.
 
     An artifact that computes in float32 with the very weights must agree to 1e-3. Where the engine rounds on the way
@@ -181,6 +238,8 @@ def tolerance_of(exporter: Exporter[Any], model: TorchModel) -> Tolerance:
     half-precision scales out in float32 gets weights that were not rounded as ours are.
     """
     params = exporter.params
+    if isinstance(model, GraphSource) and model.facts.dtype in {"float16", "bfloat16"}:
+        return Tolerance(max_difference=_HALF, mean_kl=_EXACT)
     if model.quantized and getattr(params, "activations", None) == "int8":
         return Tolerance(mean_kl=_INT8_ACTIVATIONS_KL)
     if getattr(params, "dtype", "float32") == "bfloat16":

@@ -15,11 +15,12 @@ from ..core.recipe import Recipe
 from ..core.target import Target
 from ..models.checkpoint import DTYPES, Checkpoint
 from ..models.locate import context_length, locate
+from ..models.onnx_file import graph_outline
 from ..models.outline import outline
 from ..models.tasks import check_task
 from .grids import check_exports, input_grid, packed_bytes, quantized_layers
 from .memory import estimate
-from .steps import AnyExporter, AnyPass, check_graph_passes, exporters_of, passes_of, sweeps
+from .steps import AnyExporter, AnyPass, check_graph_passes, check_graph_source, exporters_of, passes_of, sweeps
 
 _WIDTHS = dict(DTYPES.values())
 
@@ -41,12 +42,16 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None) -> Plan:
     if recipe.calibration is not None:
         _check_calibration(recipe)
     location = locate(recipe.model)
-    checkpoint = Checkpoint(location.folder)
-    facts = outline(location, checkpoint)
-    if recipe.model.task is not None:
-        check_task(location, checkpoint)
+    if location.graph is not None:
+        check_graph_source(passes, exporters, recipe.model.id)
+        facts = graph_outline(location)
+    else:
+        checkpoint = Checkpoint(location.folder)
+        facts = outline(location, checkpoint)
+        if recipe.model.task is not None:
+            check_task(location, checkpoint)
     _check_length(recipe, facts)
-    if facts.config.get("quantization_config"):
+    if location.graph is None and facts.config.get("quantization_config"):
         raise UsageError(
             f"`{facts.source}` is quantized already",
             where=f"quant_method {facts.config['quantization_config'].get('quant_method')}",
@@ -69,10 +74,12 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None) -> Plan:
     return Plan(
         recipe=recipe,
         facts=facts,
-        steps=tuple(_steps(passes, exporters, facts)),
+        steps=tuple(_steps(passes, exporters, facts, traced=location.graph is None)),
         skips=tuple(_skips(passes, facts)),
         peak_bytes=memory.peak_bytes,
-        output_bytes=sum(_size(exporter, passes, final) for exporter in exporters),
+        output_bytes=sum(
+            _size(exporter, passes, final) if location.graph is None else facts.bytes for exporter in exporters
+        ),
         limits=memory.limits,
     )
 
@@ -99,11 +106,13 @@ def _target(exporters: Sequence[AnyExporter]) -> Target:
     return Target(wanted.pop()) if len(wanted) == 1 else Target.CPU
 
 
-def _steps(passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: ModelFacts) -> list[PlanStep]:
+def _steps(
+    passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: ModelFacts, *, traced: bool
+) -> list[PlanStep]:
     steps: list[PlanStep] = []
     allocated = any(isinstance(one, SurveyPass) for one in passes)
     for group in sweeps(passes):
-        if isinstance(group[0], GraphPass) and (not steps or steps[-1].kind != "graph"):
+        if traced and isinstance(group[0], GraphPass) and (not steps or steps[-1].kind != "graph"):
             steps.append(
                 PlanStep(kind="graph", title="to ONNX", detail="the model is traced; what follows works on its graph")
             )

@@ -24,9 +24,11 @@ from ..core.progress import Reporter
 from ..models.checkpoint import Checkpoint
 from ..models.handle import TorchModel
 from ..models.locate import Location, locate
+from ..models.onnx_file import GraphSource
 from ..models.text import load_tokenizer
 from .background import in_background
 from .fingerprint import FINGERPRINT, write_fingerprint
+from .graph_reference import graph_reference
 from .lowering import export_graph, graph_passes
 from .output import Staging, file_record, file_records, inputs_of, readable, staging
 from .parity import ROWS, Reference, compare, make_reference
@@ -50,7 +52,7 @@ class _Source:
     """The model that a run starts from, the text it is calibrated on, and what waits for the hash of the checkpoint."""
 
     location: Location
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | GraphSource
     samples: Samples | None
     sha256: Callable[[], str]
 
@@ -71,18 +73,25 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
     """
     with staging(output, force=force, inputs=inputs_of(plan.recipe)) as stage:
         location = locate(plan.recipe.model)
-        checkpoint = Checkpoint(location.folder)
+        checkpoint = Checkpoint(location.folder) if location.graph is None else GraphSource(location, plan.facts)
         samples = _load_samples(plan, location, reporter)
         source = _Source(location, checkpoint, samples, in_background(checkpoint.sha256))
-        model = TorchModel.create(location, source.checkpoint, plan.facts, stage.work)
-        _warn_of_unused(model, reporter)
         every = passes_of(plan.recipe)
         passes = [one for one in every if not isinstance(one, GraphPass)]
+        axes = {name: size for one in every if isinstance(one, GraphPass) for name, size in one.fixed_axes().items()}
+        held_out = source.samples.held_out if source.samples else []
         context = PassContext(seed=plan.recipe.seed, reporter=reporter, statistics_bytes=plan.limits.statistics_bytes)
         rows = source.samples.rows if source.samples else []
-        model, results = _run_passes(model, passes, rows, context, plan.limits)
+        results: list[PassResult] = []
+        if isinstance(checkpoint, GraphSource):
+            model = checkpoint
+            reference = graph_reference(model, held_out, plan.recipe.seed, axes)
+        else:
+            model = TorchModel.create(location, checkpoint, plan.facts, stage.work)
+            _warn_of_unused(model, reporter)
+            model, results = _run_passes(model, passes, rows, context, plan.limits)
+            reference = make_reference(model, held_out, plan.recipe.seed, axes)
         records = [_pass_record(one, result) for one, result in zip(passes, results, strict=True)]
-        reference = make_reference(model, source.samples.held_out if source.samples else [], plan.recipe.seed)
         exports = _run_exports(
             model, every, exporters_of(plan.recipe), rows=rows, reference=reference, stage=stage, context=context
         )
@@ -138,7 +147,7 @@ def _run_passes(
 
 
 def _run_exports(
-    model: TorchModel,
+    model: TorchModel | GraphSource,
     passes: Sequence[AnyPass],
     exporters: Sequence[AnyExporter],
     *,
@@ -155,9 +164,10 @@ def _run_exports(
         applied: list[GraphPass[Any]] = []
         results: list[PassResult] = []
         if isinstance(exporter, GraphExporter):
-            applied = graph_passes(exporter, passes)
+            applied = graph_passes(exporter, passes, traced=isinstance(model, TorchModel))
             result, results = export_graph(exporter, model, applied, directory, rows=rows, context=context)
         else:
+            assert isinstance(model, TorchModel)  # the plan refuses others
             result = exporter.export(model, directory, ExportContext(reporter=reporter))
         for one, made in zip(applied, results, strict=True):
             for note in made.notes:

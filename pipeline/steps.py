@@ -105,6 +105,30 @@ def check_graph_passes(passes: Sequence[AnyPass], exporters: Sequence[AnyExporte
     )
 
 
+def check_graph_source(passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], source: str) -> None:
+    """Refuse what needs a model's weights and modules where the model is a graph already.
+
+    Raises:
+        UsageError: it names the passes and exports that work on graphs.
+    """
+    other = next((one for one in passes if not isinstance(one, GraphPass)), None)
+    if other is not None:
+        known = ", ".join(name for name in PASSES if issubclass(PASSES.load(name), GraphPass))
+        raise UsageError(
+            f"`{other.name}` does not work on an ONNX graph",
+            where=f"`{source}` is one",
+            hint=f"start from the model's safetensors; on graphs work {known}",
+        )
+    foreign = next((one for one in exporters if not isinstance(one, GraphExporter)), None)
+    if foreign is not None:
+        known = ", ".join(name for name in EXPORTERS if issubclass(EXPORTERS.load(name), GraphExporter))
+        raise UsageError(
+            f"an ONNX graph cannot be exported as `{foreign.name}`",
+            where=f"`{source}` is one",
+            hint=f"start from the model's safetensors; graphs are exported as {known}",
+        )
+
+
 def sweeps(passes: Sequence[AnyPass]) -> list[list[AnyPass]]:
     """Group the passes: neighbouring block passes share one sweep, every other pass and every survey stands alone."""
     groups: list[list[AnyPass]] = []

@@ -40,6 +40,14 @@ class OnnxRuntime(Runtime):
         Raises:
             LlmoptError: it does not load.
         """
+        return self.open_graph(directory / GRAPH, threads=threads)
+
+    def open_graph(self, path: Path, *, threads: int | None = None) -> OnnxSession:
+        """Load a graph by any name.
+
+        Raises:
+            LlmoptError: it does not load.
+        """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -47,9 +55,9 @@ class OnnxRuntime(Runtime):
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
-        with engine_errors(f"`{GRAPH}` does not load", directory):
-            session = onnxruntime.InferenceSession(str(directory / GRAPH), options, providers=["CPUExecutionProvider"])
-        return OnnxSession(session, directory)
+        with engine_errors(f"`{path.name}` does not load", path.parent):
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return OnnxSession(session, path.parent)
 
 
 class OnnxSession(Session):

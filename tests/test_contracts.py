@@ -12,7 +12,7 @@ import pytest
 from llmopt.core.errors import LlmoptError, UsageError
 from llmopt.core.exports import Exporter
 from llmopt.core.params import Params, convert
-from llmopt.core.passes import BlockPass, ModelPass, Need, Pass
+from llmopt.core.passes import BlockPass, GraphPass, ModelPass, Need, Pass
 from llmopt.core.quantized import Grid
 from llmopt.core.runtime import Runtime
 from llmopt.core.target import Target
@@ -22,7 +22,7 @@ from llmopt.runtimes import RUNTIMES
 
 ROOT = Path(__file__).parent.parent
 STEPS = [*(("pass", name) for name in PASSES), *(("export", name) for name in EXPORTERS)]
-REQUIRED = {"allocate-bits": {"budget": "4.5bpw"}, "cast": {"dtype": "bfloat16"}}
+REQUIRED = {"allocate-bits": {"budget": "4.5bpw"}, "cast": {"dtype": "bfloat16"}, "convert-opset": {"opset": 20}}
 """Parameters without a default."""
 
 HEAVY = ["torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "numpy", "safetensors"]
@@ -145,11 +145,11 @@ def described(schema):
 
 @pytest.mark.parametrize("name", PASSES)
 class TestPasses:
-    def test_it_works_on_blocks_or_on_models(self, name):
+    def test_it_works_on_blocks_or_models_or_graphs(self, name):
         made = PASSES.load(name)
-        assert issubclass(made, BlockPass) != issubclass(made, ModelPass)
-        own = made.run_block if issubclass(made, BlockPass) else made.run
-        assert own is not (BlockPass.run_block if issubclass(made, BlockPass) else ModelPass.run)
+        (kind,) = [kind for kind in (BlockPass, ModelPass, GraphPass) if issubclass(made, kind)]
+        method = "run_block" if kind is BlockPass else "run"
+        assert getattr(made, method) is not getattr(kind, method)
 
     def test_it_knows_what_it_needs_and_what_may_not_come_before(self, name):
         made = PASSES.load(name)

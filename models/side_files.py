@@ -1,0 +1,36 @@
+"""The files beside a model's weights that its users need too: tokenizer, processor, generation settings."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from .sentence import MODULES
+
+_PATTERNS = ("*.json", "vocab*.txt", "merges.txt", "*.model", "*.jinja", "*.tiktoken")
+_OTHERS = frozenset(
+    {
+        "model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+        "genai_config.json",
+        "llmopt.json",
+        "llmopt.reference.json",
+        MODULES,
+    }
+)
+
+
+def copy_side_files(folder: Path, directory: Path, *, with_config: bool = False, with_code: bool = False) -> None:
+    """Copy the side files of the model in `folder`.
+
+    Args:
+        folder: the model's.
+        directory: where they go.
+        with_config: config.json as well, as it is.
+        with_code: Python files as well.
+    """
+    others = _OTHERS if with_config else _OTHERS | {"config.json"}
+    for pattern in (*_PATTERNS, "*.py") if with_code else _PATTERNS:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file() and path.name not in others:
+                shutil.copyfile(path, directory / path.name)
