@@ -193,9 +193,17 @@ print(*sorted({{module.partition(".")[0] for module in sys.modules}}))
         assert RUNTIMES.load(name)().opens(tmp_path) is False
 
 
+LAZY = {"onnx_attention.py"}  # registers operators with torch; imported while tracing
+
+
 @pytest.mark.parametrize(
     "path",
-    sorted(path for folder in ("passes", "exporters", "runtimes", "core") for path in (ROOT / folder).glob("*.py")),
+    sorted(
+        path
+        for folder in ("passes", "exporters", "runtimes", "core")
+        for path in (ROOT / folder).glob("*.py")
+        if path.name not in LAZY
+    ),
     ids=lambda path: f"{path.parent.name}/{path.name}",
 )
 def test_a_module_imports_nothing_heavy_at_its_top(path):
