@@ -240,16 +240,17 @@ def _rotate(site: _Site, tables: Tables, *, inside: bool) -> _Inputs | str:
     if reason is not None:
         return reason
     sources = [side_by_side(builder, rotation.source) if rotation is not None else None for rotation in rotations]
-    width, whole = site.attention.head_size or 0, found[0] is found[1] and not isinstance(found[0], str)
-    if inside and whole and rotations[0] is not None and rotations[0].width == width and width % 16 == 0:
-        return _Inputs(*sources, tables=found[0])
+    width, both = site.attention.head_size or 0, found[0] if found[0] is found[1] else None
+    whole = rotations[0] is not None and rotations[0].width == width and width % 16 == 0
+    if inside and whole and not isinstance(both, str):
+        return _Inputs(sources[0], sources[1], tables=both)
     turned = [
         rotate(builder, source, rotation, table)
         if source is not None and rotation is not None and isinstance(table, tuple)
         else None
         for source, rotation, table in zip(sources, rotations, found, strict=True)
     ]
-    return _Inputs(*turned)
+    return _Inputs(turned[0], turned[1])
 
 
 def _pack(builder: Builder, parts: Sequence[ir.Value | None]) -> ir.Value | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..core.errors import LlmoptError
@@ -61,16 +62,16 @@ def _is_function(domain: str, operator: str, opset: int) -> bool:
     if not defs.has(operator, domain=domain):
         return False
     schema = defs.get_schema(operator, max_inclusive_version=opset, domain=domain)
-    return schema.has_function or schema.has_context_dependent_function
+    return bool(schema.has_function or schema.has_context_dependent_function)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache
 def _versions() -> dict[tuple[str, str], set[int]]:
     """Return the opsets in which each operator changed."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as engine
+    engine = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
 
     found: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for schema in engine.get_all_operator_schema():  # pyright: ignore[reportAttributeAccessIssue]
+    for schema in engine.get_all_operator_schema():
         found[schema.domain, schema.name].add(schema.since_version)
     return found
 
@@ -78,10 +79,10 @@ def _versions() -> dict[tuple[str, str], set[int]]:
 @cache
 def _kernels() -> dict[tuple[str, str], list[tuple[int, int]]]:
     """Return the first and last version that each kernel serves."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as engine
+    engine = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
 
     found: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
-    for kernel in engine.get_all_opkernel_def():  # pyright: ignore[reportAttributeAccessIssue]
+    for kernel in engine.get_all_opkernel_def():
         if kernel.provider == _PROVIDER:
             found[kernel.domain, kernel.op_name].append(kernel.version_range)
     return found

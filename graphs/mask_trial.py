@@ -106,7 +106,7 @@ def _program(nodes: list[ir.Node], leaves: list[ir.Value], output: ir.Value) -> 
     def run(feeds: Mapping[str, Array]) -> Array | None:
         try:
             session = onnxruntime.InferenceSession(program.SerializeToString(), options, ["CPUExecutionProvider"])
-            return session.run(None, dict(feeds))[0]
+            return np.asarray(session.run(None, dict(feeds))[0])
         except Exception:  # noqa: BLE001 -- the engine's errors have no common base; what does not run is no mask
             return None
 
@@ -141,13 +141,14 @@ def _feed(leaf: ir.Value, tokens: Array, sizes: Mapping[str, int]) -> Array | No
     node = leaf.producer()
     shape = leaf.shape if node is None else node.inputs[0].shape if node.inputs[0] is not None else None
     known = [size if isinstance(size, int) else size.evaluate(sizes) for size in shape or ()]
-    if not all(isinstance(size, int) for size in known):
+    sizes_known = [size for size in known if isinstance(size, int)]
+    if len(sizes_known) < len(known):
         return None
     if node is not None:
         begin, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(known))
-        return np.array(known[begin:end], np.int64)
+        return np.array(sizes_known[begin:end], np.int64)
     kind = leaf.dtype.numpy() if leaf.dtype is not None else np.dtype(np.int64)
-    return tokens.astype(kind) if leaf.name == PADDING else np.ones(known, kind)
+    return tokens.astype(kind) if leaf.name == PADDING else np.ones(sizes_known, kind)
 
 
 def _says(made: Array, tokens: Array, *, seen: bool | None) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     Array = np.ndarray[Any, Any]
 
@@ -78,7 +78,7 @@ class Builder:
         *inputs: ir.Value | None,
         domain: str = "",
         dtype: ir.DataType | None = None,
-        shape: Sequence[Any] | None = None,
+        shape: Iterable[Any] | None = None,
         **attributes: Any,
     ) -> ir.Value:
         """Add a node and return its only output."""
@@ -91,7 +91,7 @@ class Builder:
         outputs: int,
         domain: str = "",
         dtype: ir.DataType | None = None,
-        shape: Sequence[Any] | None = None,
+        shape: Iterable[Any] | None = None,
         **attributes: Any,
     ) -> list[ir.Value]:
         """Add a node and return its outputs: `dtype` is that of all, by default an input's, `shape` the first's."""

@@ -265,7 +265,8 @@ class _Packing:
             return False
         rows = [self._rows(part) for part in parts if part is not None]
         # Once for all groups.
-        scale = self.builder.constant(attention.scale, rows[0][0].dtype.numpy())
+        assert attention.query.dtype is not None
+        scale = self.builder.constant(attention.scale, attention.query.dtype.numpy())
         rows[0] = (self.builder.op("Mul", rows[0][0], scale), rows[0][1])
         if Mask.of(attention.mask) is None:
             out = self._attend_padded(attention, rows)

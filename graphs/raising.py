@@ -7,7 +7,6 @@ spread and the keys are turned. Whether a mask is that of the padding is told by
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 
@@ -222,9 +221,9 @@ def _agree(model: ir.Model, padding: ir.Value, query: ir.Value) -> None:
     if padding.shape is None or query.shape is None:
         return
     pairs = zip(padding.shape, (query.shape[0], query.shape[2]), strict=True)
-    names = {str(own.value): str(other.value) for own, other in pairs if _differ(own, other)}
+    names = {
+        str(own.value): str(other.value)
+        for own, other in pairs
+        if isinstance(own, ir.SymbolicDim) and isinstance(other, ir.SymbolicDim) and own != other
+    }
     rename_axes(model, names)
-
-
-def _differ(own: Any, other: Any) -> bool:
-    return isinstance(own, ir.SymbolicDim) and isinstance(other, ir.SymbolicDim) and own != other

@@ -194,7 +194,7 @@ def _per_token(value: ir.Value | None) -> ir.Value | None:
 
 def _evaluate(graph: ir.Graph, rotation: Rotation, positions: Array) -> list[Array] | None:
     """Run the part of the graph that makes cosines and sines, in ONNX Runtime; None if it reads other inputs."""
-    from onnxruntime import InferenceSession, SessionOptions
+    from onnxruntime import InferenceSession, SessionOptions  # pyright: ignore[reportAttributeAccessIssue]
 
     source = next((value for value in graph.inputs if value.name == POSITIONS), None)
     if source is None:

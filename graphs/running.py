@@ -6,14 +6,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 
 from .attention import spell_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-
-    import numpy as np
 
     Array = np.ndarray[Any, Any]
 
@@ -45,4 +44,4 @@ def outputs(
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         for feed in feeds:
-            yield session.run([*named, *(value.name for value in also)], dict(feed))
+            yield [np.asarray(made) for made in session.run([*named, *(value.name for value in also)], dict(feed))]

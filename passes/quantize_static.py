@@ -57,7 +57,7 @@ class QuantizeStatic(GraphPass[QuantizeStaticParams]):
 
     name: ClassVar[str] = "quantize-static"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CALIBRATION})
-    not_after: ClassVar[frozenset[str]] = frozenset({"quantize-static"})
+    not_after: ClassVar[frozenset[str]] = frozenset({"quantize-static", "fix-shapes"})  # calibration batches vary
     rounds: ClassVar[bool] = True
     Params: ClassVar[type[Params]] = QuantizeStaticParams
 
