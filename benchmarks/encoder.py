@@ -224,11 +224,12 @@ def ours(text: str) -> tuple[Entry, Path]:
     name, _, rest = text.partition("=")
     folder, _, engine = rest.partition("@")
     path, engine = Path(folder), engine or "onnxruntime"
-    graph = path if path.is_file() else path / "model.onnx"
-    if not graph.exists():
-        raise argparse.ArgumentTypeError(f"there is no {graph}")
+    graph = next((each for each in (path, path / "model.onnx", path / "openvino_model.xml") if each.is_file()), None)
+    if graph is None:
+        raise argparse.ArgumentTypeError(f"there is no model.onnx or openvino_model.xml in {path}")
     content = graph.read_bytes()
-    quantized = any(name in content for name in (b"QuantizeLinear", b"MatMulInteger", b"MatMulNBits"))
+    words = (b"QuantizeLinear", b"MatMulInteger", b"MatMulNBits", b"FakeQuantize")
+    quantized = any(name in content for name in words)
     precision = "int8" if quantized else "bfloat16" if engine.endswith("bf16") else "float32"
     environment = "openvino" if engine.startswith("openvino") else OURS
     return Entry(f"{name}, {engine}", engine, "ours", precision, environment), path

@@ -69,7 +69,7 @@ def graph_in(folder: Path) -> str:
     """Return the graph of an artifact, which may be the file itself."""
     if folder.is_file():
         return str(folder)
-    found = [folder / name for name in ("model.xml", "model.onnx") if (folder / name).exists()]
+    found = [folder / name for name in ("openvino_model.xml", "model.xml", "model.onnx") if (folder / name).exists()]
     return str((found or sorted(folder.glob("*.onnx")))[0])
 
 
