@@ -77,7 +77,8 @@ class OnnxSession(Session):
         """
         results = self._run(inputs)
         ids, logits = inputs.get("input_ids"), results.get("logits")
-        if ids is not None and logits is not None and logits.ndim == 3 and logits.shape[1] < ids.shape[1]:
+        cached = any(name.startswith(_PAST) for name in self._inputs)
+        if cached and ids is not None and logits is not None and logits.shape[1] < ids.shape[1]:
             return {"logits": self._score(inputs)}
         return {name: value for name, value in results.items() if not name.startswith(_PRESENT)}
 
@@ -141,6 +142,12 @@ class OnnxSession(Session):
         kept = dict(past or {})
         feed |= self._supplied(known, feed | kept, mask.shape[1] - fresh.shape[1])
         self._require({*feed, *kept})
+        made = self._bound(feed, kept)
+        present = {name: value for name, value in made.items() if name.startswith(_PRESENT)}
+        return made["logits"], {_PAST + name.removeprefix(_PRESENT): each for name, each in present.items()}
+
+    def _bound(self, feed: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+        """Run on arrays and on values that stayed with the engine; return logits as an array, the rest as it stays."""
         binding = self._session.io_binding()
         with engine_errors("the graph does not run", self._directory):
             for name, value in feed.items():
@@ -151,8 +158,7 @@ class OnnxSession(Session):
                 binding.bind_output(name)
             self._session.run_with_iobinding(binding)
         made = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        present = {name: value for name, value in made.items() if name.startswith(_PRESENT)}
-        return made["logits"].numpy(), {_PAST + name.removeprefix(_PRESENT): each for name, each in present.items()}
+        return {name: value.numpy() if name == "logits" else value for name, value in made.items()}
 
     def _generate_anew(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """Continue a prompt without a cache."""

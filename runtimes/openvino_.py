@@ -36,7 +36,7 @@ class OpenVino(Runtime):
         """Return whether there is a model for OpenVINO."""
         return (directory / MODEL).is_file()
 
-    def open(self, directory: Path, *, threads: int | None = None) -> OnnxSession:
+    def open(self, directory: Path, *, threads: int | None = None) -> OpenVinoSession:
         """Load the model.
 
         Raises:
@@ -56,7 +56,15 @@ class OpenVino(Runtime):
             if threads is not None:
                 settings["INFERENCE_NUM_THREADS"] = threads
             compiled = core.compile_model(model, "CPU", settings)
-        return OnnxSession(_Compiled(compiled, directory), directory)
+        return OpenVinoSession(_Compiled(compiled, directory), directory)
+
+
+class OpenVinoSession(OnnxSession):
+    """A model, loaded."""
+
+    def _bound(self, feed: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+        made = self._session.run(self._outputs, {**feed, **kept})
+        return dict(zip(self._outputs, made, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,8 +103,8 @@ def test_the_verification_sees_padding(tmp_path):
     kept = json.loads((tmp_path / "out" / "llmopt.reference.json").read_text())
     padded = [batch for batch in kept["batches"] if "attention_mask" in batch["inputs"]]
     assert len(padded) == 1
-    assert 0 in padded[0]["inputs"]["attention_mask"][1]
-    assert set(padded[0]["outputs"]) == {"sentence_embedding"}
+    assert 0 in padded[0]["inputs"]["attention_mask"][0]
+    assert set(padded[0]["outputs"]) == {"last_hidden_state", "sentence_embedding"}
 
 
 def test_quantized_safetensors_stay_a_sentence_folder(tmp_path):
