@@ -16,6 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ..core.errors import LlmoptError
+from ..core.patterns import matches
 from .nodes import Builder, constant, initializer, replace, size
 from .products import Product, products
 
@@ -103,6 +105,28 @@ def candidates(model: ir.Model) -> tuple[list[Int8Product], list[tuple[str, str]
         else:
             found.append(Int8Product(product, name, output, bias))
     return found, left
+
+
+def selected(model: ir.Model, ignore: Sequence[str]) -> tuple[list[Int8Product], list[tuple[str, str]]]:
+    """Return the products to compute in 8 bits, and (name, reason) of those that are left alone.
+
+    Args:
+        model: the graph.
+        ignore: patterns of names.
+
+    Raises:
+        LlmoptError: there is none.
+    """
+    found, left = candidates(model)
+    chosen = [one for one in found if not any(matches(one.name, pattern) for pattern in ignore)]
+    left += [(one.name, "ignored") for one in found if one not in chosen]
+    if not chosen:
+        raise LlmoptError(
+            "no product of the graph can be computed in 8 bits",
+            where="; ".join(sorted({reason for _, reason in left})) or "none has constant float32 weights",
+            hint="leave the pass out",
+        )
+    return chosen, left
 
 
 def quantize_products(model: ir.Model, chosen: Sequence[Int8Product], ranges: Mapping[ir.Value, Range]) -> None:

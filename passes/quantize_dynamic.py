@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from msgspec import Meta
 
-from ..core.errors import LlmoptError
 from ..core.params import Ignore, Params
 from ..core.passes import GraphPass, PassResult, Skip
-from ..core.patterns import matches
 
 if TYPE_CHECKING:
     from ..core.graph import GraphModel
@@ -52,21 +50,13 @@ class QuantizeDynamic(GraphPass[QuantizeDynamicParams]):
         Raises:
             LlmoptError: the graph has none.
         """
-        from ..graphs.int8 import candidates, quantize_by_token
+        from ..graphs.int8 import quantize_by_token, selected
 
         del context
-        found, left = candidates(model.graph)
-        chosen = [one for one in found if not any(matches(one.name, pattern) for pattern in self.params.ignore)]
-        if not chosen:
-            raise LlmoptError(
-                f"`{self.name}` finds no product to round in {model.facts.architecture}",
-                where="; ".join(sorted({reason for _, reason in left})) or "no product has constant float32 weights",
-                hint="leave the pass out",
-            )
+        chosen, left = selected(model.graph, self.params.ignore)
         quantize_by_token(model.graph, chosen)
-        ignored = [Skip(one.name, "ignored") for one in found if one not in chosen]
         return PassResult(
             changed=sorted(one.name for one in chosen),
-            skipped=[*(Skip(name, reason) for name, reason in left), *ignored],
+            skipped=[Skip(name, reason) for name, reason in left],
             metrics={"products_count": len(chosen)},
         )

@@ -9,7 +9,6 @@ from msgspec import Meta
 from ..core.errors import LlmoptError
 from ..core.params import Ignore, Params
 from ..core.passes import GraphPass, Need, PassResult, Skip
-from ..core.patterns import matches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -71,17 +70,9 @@ class QuantizeStatic(GraphPass[QuantizeStaticParams]):
         Raises:
             LlmoptError: the graph has no product that could be rounded, or an input holds NaN or Inf.
         """
-        from ..graphs.int8 import candidates, quantize_products
+        from ..graphs.int8 import quantize_products, selected
 
-        found, left = candidates(model.graph)
-        chosen = [one for one in found if not any(matches(one.name, pattern) for pattern in self.params.ignore)]
-        ignored = [one for one in found if one not in chosen]
-        if not chosen:
-            raise LlmoptError(
-                f"`{self.name}` finds no product to round in {model.facts.architecture}",
-                where="; ".join(sorted({reason for _, reason in left})) or "no product has constant float32 weights",
-                hint="leave the pass out",
-            )
+        chosen, left = selected(model.graph, self.params.ignore)
         exact, ranges, rows = self._observe(model, chosen)
         errors = {one.name: one.error(rows[one.input], ranges[one.input]) for one in chosen}
         order = sorted(chosen, key=lambda one: errors[one.name], reverse=True)
@@ -91,7 +82,6 @@ class QuantizeStatic(GraphPass[QuantizeStaticParams]):
         del context
         result = PassResult(changed=sorted(one.name for one in chosen))
         result.skipped = [Skip(name, reason) for name, reason in left]
-        result.skipped += [Skip(one.name, "ignored") for one in ignored]
         result.skipped += [Skip(one.name, f"its error in 8 bits is {errors[one.name]:.2g}") for one in order[:kept]]
         result.metrics = {
             "products_count": len(chosen),
