@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .facts import ModelFacts
 from .progress import Reporter
@@ -263,6 +264,34 @@ class ModelHandle(Protocol):
 
         Raises:
             UsageError: the residual stream of this architecture cannot be rotated; it says what stands in the way.
+        """
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """Return a checkpoint tensor as the passes left it, quantized layers dequantized."""
+        ...
+
+    def tensor_specs(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Return dtype and shape of every checkpoint tensor as it will be stored in floating point."""
+        ...
+
+    def rewritten(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        config: Mapping[str, Any],
+        *,
+        side_files: Callable[[Path], None] | None = None,
+    ) -> ModelHandle:
+        """Return a model of another shape: other tensors, another config.json.
+
+        It is written to the work folder while `tensors` is gone through, and what follows starts from it as from any
+        checkpoint; what earlier passes changed is in it if it was read through `read`.
+
+        Args:
+            tensors: every tensor of the new checkpoint by name, in the dtype in which it is stored. They are read one
+                at a time, so let them be made as they are asked for.
+            config: what changes in config.json.
+            side_files: changes tokenizer and other side files in the new folder, where they were copied to.
         """
         ...
 

@@ -82,6 +82,7 @@ class PassContext:
         reporter: shown progress.
         allocation: bits per weight by layer, as an earlier pass chose them.
         statistics_bytes: what is gathered of a mixture's experts takes at most this much at a time.
+        rows: calibration samples as token ids, for a pass that takes the whole model; empty where none were asked for.
     """
 
     seed: int = 0
@@ -89,6 +90,7 @@ class PassContext:
     reporter: Reporter = field(default_factory=Silent)
     allocation: Mapping[str, int] = field(default_factory=dict[str, int])
     statistics_bytes: int = 4 << 30
+    rows: Sequence[Sequence[int]] = ()
 
 
 class Pass(Generic[P]):

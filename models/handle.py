@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -22,9 +22,10 @@ from ..core.progress import Reporter
 from ..core.quantized import Grid, QuantizedWeight
 from .checkpoint import Checkpoint
 from .locate import Location
+from .outline import outline
 from .side_files import copy_side_files
 from .skeleton import Skeleton, own_experts_choice
-from .store import WorkStore, dequantize_into
+from .store import WorkStore, dequantize_into, write_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,24 @@ class TorchModel:
         from .rotation import rotate
 
         return rotate(self, residual, values, seed=seed, reporter=reporter)
+
+    def rewritten(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        config: Mapping[str, Any],
+        *,
+        side_files: Callable[[Path], None] | None = None,
+    ) -> TorchModel:
+        """Return a model of another shape; see `core.model.ModelHandle`."""
+        folder = self.store.folder / "rewritten"
+        folder.mkdir()
+        write_shards(folder, tensors)
+        self._write_config(folder, config)
+        copy_side_files(self.location.folder, folder, with_code=self.location.trust_remote_code)
+        if side_files is not None:
+            side_files(folder)
+        location, checkpoint = replace(self.location, folder=folder), Checkpoint(folder)
+        return TorchModel.create(location, checkpoint, outline(location, checkpoint), folder / "work")
 
     def stored_dtype(self, name: str) -> str:
         """Return the dtype that checkpoint tensor `name` will be stored in."""
@@ -194,16 +213,19 @@ class TorchModel:
 
     def save_side_files(self, directory: Path, *, config_changes: Mapping[str, Any] | None = None) -> None:
         """Write config.json (with changes), generation config, tokenizer, processor and sentence-transformers files."""
+        self._write_config(directory, config_changes or {})
+        copy_side_files(self.location.folder, directory, with_code=self.location.trust_remote_code)
+        if self.location.sentence is not None:
+            self.location.sentence.save(directory)
+
+    def _write_config(self, directory: Path, changes: Mapping[str, Any]) -> None:
         config = dict(self.facts.config)
         if self.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = self.dtype
-        config.update(config_changes or {})
+        config.update(changes)
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
-        copy_side_files(self.location.folder, directory, with_code=self.location.trust_remote_code)
-        if self.location.sentence is not None:
-            self.location.sentence.save(directory)
 
     def _stored(self, layer: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a quantized layer, dequantized, the way round in which the checkpoint stores it; `dtype` may widen."""

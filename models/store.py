@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -16,6 +16,9 @@ from ..core.quantized import Grid, QuantizedWeight
 IN_CACHE = 1 << 19
 """So many weights at a time stay in the processor's cache from one step to the next."""
 
+SHARD_BYTES = 1 << 28
+"""A shard of a checkpoint in the work folder; a larger tensor has one of its own."""
+
 
 def dequantize_into(place: Tensor, weight: QuantizedWeight) -> None:
     """Write the dequantized weight to `place`, (out_features, in_features), a few rows at a time.
@@ -28,6 +31,29 @@ def dequantize_into(place: Tensor, weight: QuantizedWeight) -> None:
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
         place[start:stop] = weight.rows(start, stop).dequantize()
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a checkpoint shard by shard; no more than a shard is in memory.
+
+    Args:
+        folder: where to write.
+        tensors: by name, in the order in which they are divided among shards.
+    """
+    shard: dict[str, Tensor] = {}
+    count = 0
+
+    def close() -> None:
+        nonlocal count
+        count += 1
+        save_file(shard, folder / f"model-{count:05d}.safetensors")
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and sum(each.nbytes for each in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            close()
+        shard[name] = tensor.clone() if tensor.nbytes < tensor.untyped_storage().nbytes() else tensor.contiguous()
+    close()
 
 
 class WorkStore:

@@ -80,8 +80,10 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         passes = [one for one in every if not isinstance(one, GraphPass)]
         axes = {name: size for one in every if isinstance(one, GraphPass) for name, size in one.fixed_axes().items()}
         held_out = source.samples.held_out if source.samples else []
-        context = PassContext(seed=plan.recipe.seed, reporter=reporter, statistics_bytes=plan.limits.statistics_bytes)
         rows = source.samples.rows if source.samples else []
+        context = PassContext(
+            seed=plan.recipe.seed, reporter=reporter, statistics_bytes=plan.limits.statistics_bytes, rows=rows
+        )
         results: list[PassResult] = []
         if isinstance(checkpoint, GraphSource):
             model = checkpoint
@@ -89,11 +91,11 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         else:
             model = TorchModel.create(location, checkpoint, plan.facts, stage.work)
             _warn_of_unused(model, reporter)
-            model, results = _run_passes(model, passes, rows, context, plan.limits)
+            model, results = _run_passes(model, passes, context, plan.limits)
             reference = make_reference(model, held_out, plan.recipe.seed, axes)
         records = [_pass_record(one, result) for one, result in zip(passes, results, strict=True)]
         exports = _run_exports(
-            model, every, exporters_of(plan.recipe), rows=rows, reference=reference, stage=stage, context=context
+            model, every, exporters_of(plan.recipe), reference=reference, stage=stage, context=context
         )
         kept = _keep_answers(reference, stage.root)
         manifest = _manifest(plan, source, records, exports, kept)
@@ -125,14 +127,13 @@ def _load_samples(plan: Plan, location: Location, reporter: Reporter) -> Samples
 def _run_passes(
     model: TorchModel,
     passes: Sequence[AnyPass],
-    rows: Sequence[Sequence[int]],
     context: PassContext,
     limits: Limits,
 ) -> tuple[TorchModel, list[PassResult]]:
     results: list[PassResult] = []
     for group in sweeps(passes):
         if isinstance(group[0], BlockPass):
-            results += run_sweep(model, cast("list[BlockPass[Any]]", group), rows, context, limits)
+            results += run_sweep(model, cast("list[BlockPass[Any]]", group), context.rows, context, limits)
             if isinstance(group[0], SurveyPass):
                 results[-1].absorb(group[0].conclude(context))
                 context = replace(context, allocation={**context.allocation, **results[-1].allocation})
@@ -151,7 +152,6 @@ def _run_exports(
     passes: Sequence[AnyPass],
     exporters: Sequence[AnyExporter],
     *,
-    rows: Sequence[Sequence[int]],
     reference: Reference,
     stage: Staging,
     context: PassContext,
@@ -165,7 +165,7 @@ def _run_exports(
         results: list[PassResult] = []
         if isinstance(exporter, GraphExporter):
             applied = graph_passes(exporter, passes, traced=isinstance(model, TorchModel))
-            result, results = export_graph(exporter, model, applied, directory, rows=rows, context=context)
+            result, results = export_graph(exporter, model, applied, directory, rows=context.rows, context=context)
         else:
             assert isinstance(model, TorchModel)  # the plan refuses others
             result = exporter.export(model, directory, ExportContext(reporter=reporter))

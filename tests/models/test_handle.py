@@ -7,6 +7,7 @@ import torch
 from families import FAMILIES
 from helpers import grid, open_model
 from llmopt.core.passes import PassContext
+from llmopt.models import store
 from llmopt.passes.rtn import Rtn, RtnParams
 from llmopt.pipeline.sweep import run_sweep
 
@@ -153,3 +154,33 @@ def test_an_ignored_layer_is_skipped_with_its_pattern(family, tmp_path):
 def test_the_grid_of_every_layer_is_kept(family, tmp_path):
     model, _ = rounded(family("llama"), tmp_path, bits=3, symmetric=False)
     assert set(model.quantized.values()) == {grid(3, 32, symmetric=False)}
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_a_rewritten_model_answers_as_before_and_is_read_from_its_own_files(name, family, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SHARD_BYTES", 1 << 14)
+    model = open_model(family(name), tmp_path).cast("bfloat16")
+    renamed: list[str] = []
+    again = model.rewritten(
+        ((name, model.read(name)) for name in model.tensor_specs()),
+        {"llmopt_test": 1},
+        side_files=lambda folder: renamed.extend(path.name for path in folder.glob("tokenizer*")),
+    )
+    assert len(list(again.location.folder.glob("*.safetensors"))) > 3
+    assert again.facts.config["llmopt_test"] == 1
+    assert again.facts.dtype == "bfloat16"
+    assert {one.name for one in again.facts.linears} == {one.name for one in model.facts.linears}
+    assert again.tensor_specs().keys() == model.tensor_specs().keys()
+    assert "tokenizer.json" in renamed
+    for key in model.tensor_specs():
+        assert again.read(key).equal(model.read(key))
+
+
+def test_views_are_written_alone(family, tmp_path):
+    """A row of a matrix is written as that row: neither refused as shared nor with the whole matrix behind it."""
+    model = open_model(family("llama"), tmp_path)
+    whole = torch.arange(12.0).reshape(3, 4)
+    again = model.rewritten(iter([("a", whole[0]), ("b", whole[:, 1]), ("c", whole)]), {})
+    assert again.read("a").equal(whole[0])
+    assert again.read("b").equal(whole[:, 1])
+    assert again.read("c").equal(whole)
