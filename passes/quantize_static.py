@@ -11,16 +11,18 @@ from ..core.params import Ignore, Params
 from ..core.passes import GraphPass, Need, PassResult, Skip
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
     import onnx_ir as ir
 
-    from ..core.graph import GraphModel
+    from ..core.graph import Engine, GraphModel
     from ..core.passes import PassContext
     from ..graphs.int8 import Int8Product, Range
+    from ..graphs.scores import Int8Scores
 
     Array = np.ndarray[Any, Any]
+    Chosen = Int8Product | Int8Scores
 
 _ROWS = 64
 """Inputs of a product, from each batch, that its error is measured on."""
@@ -51,7 +53,8 @@ class QuantizeStaticParams(Params, frozen=True):
 class QuantizeStatic(GraphPass[QuantizeStaticParams]):
     """Multiply in 8 bits: inputs on one fixed unsigned range each, weights with a scale for each output.
 
-    Since ranges are fixed, a text's result does not depend on the texts beside it.
+    Since ranges are fixed, a text's result does not depend on the texts beside it. OpenVINO multiplies queries and keys
+    of attention in 8 bits too (`attention.N`); ONNX Runtime cannot.
     """
 
     name: ClassVar[str] = "quantize-static"
@@ -70,28 +73,30 @@ class QuantizeStatic(GraphPass[QuantizeStaticParams]):
         Raises:
             LlmoptError: the graph has no product that could be rounded, or an input holds NaN or Inf.
         """
-        from ..graphs.int8 import quantize_products, selected
+        from ..graphs.int8 import Int8Product
+        from ..graphs.scores import Int8Scores
 
-        chosen, left = selected(model.graph, self.params.ignore)
-        exact, ranges, rows = self._observe(model, chosen)
-        errors = {one.name: one.error(rows[one.input], ranges[one.input]) for one in chosen}
-        order = sorted(chosen, key=lambda one: errors[one.name], reverse=True)
+        del context
+        found, left = _candidates(model.graph, model.engine, self.params.ignore)
+        exact, ranges, rows = self._observe(model, found)
+        errors = {one.name: one.error(rows, ranges) for one in found}
+        order = sorted(found, key=lambda one: errors[one.name], reverse=True)
         kept, drop = self._fewest_in_float(model, order, exact, ranges)
         chosen = order[kept:]
-        quantize_products(model.graph, chosen, ranges)
-        del context
+        _quantize(model.graph, chosen, ranges, model.engine)
         result = PassResult(changed=sorted(one.name for one in chosen))
         result.skipped = [Skip(name, reason) for name, reason in left]
         result.skipped += [Skip(one.name, f"its error in 8 bits is {errors[one.name]:.2g}") for one in order[:kept]]
         result.metrics = {
-            "products_count": len(chosen),
+            "products_count": sum(isinstance(one, Int8Product) for one in chosen),
+            "scores_count": sum(isinstance(one, Int8Scores) for one in chosen),
             "drop_max_ratio": drop,
             "error_max_ratio": max((errors[one.name] for one in chosen), default=0.0),
         }
         return result
 
     def _observe(
-        self, model: GraphModel, chosen: Sequence[Int8Product]
+        self, model: GraphModel, chosen: Sequence[Chosen]
     ) -> tuple[list[list[Array]], dict[ir.Value, Range], dict[ir.Value, Array]]:
         """Return the outputs in float32, the range of every input, and a few rows of each."""
         import numpy as np
@@ -101,7 +106,7 @@ class QuantizeStatic(GraphPass[QuantizeStaticParams]):
         from ..graphs.int8 import Range
         from .numerics.observers import Histogram, Span, fit_input
 
-        values = list(dict.fromkeys(one.input for one in chosen))
+        values = list(dict.fromkeys(value for one in chosen for value in one.inputs))
         spans = {value: Span() for value in values}
         rows: dict[ir.Value, list[Array]] = {value: [] for value in values}
         exact: list[list[Array]] = []
@@ -127,7 +132,7 @@ class QuantizeStatic(GraphPass[QuantizeStaticParams]):
         return exact, ranges, {value: np.concatenate(parts) for value, parts in rows.items()}
 
     def _fewest_in_float(
-        self, model: GraphModel, order: Sequence[Int8Product], exact: list[list[Array]], ranges: dict[ir.Value, Range]
+        self, model: GraphModel, order: Sequence[Chosen], exact: list[list[Array]], ranges: dict[ir.Value, Range]
     ) -> tuple[int, float]:
         """Return how many of the most sensitive products must stay in float32, and what is lost then.
 
@@ -156,18 +161,57 @@ class QuantizeStatic(GraphPass[QuantizeStaticParams]):
 
     @staticmethod
     def _drop(
-        model: GraphModel, chosen: Sequence[Int8Product], exact: list[list[Array]], ranges: dict[ir.Value, Range]
+        model: GraphModel, chosen: Sequence[Chosen], exact: list[list[Array]], ranges: dict[ir.Value, Range]
     ) -> float:
         """Return the mean of 1 - cosine of the outputs when `chosen` are rounded."""
-        from ..graphs.int8 import trial
         from ..graphs.running import outputs
+
+        trial = _trial(model, chosen, ranges)
 
         distances = [
             _distance(expected, got)
-            for made, reference in zip(outputs(trial(model.graph, chosen, ranges), model.feeds), exact, strict=True)
+            for made, reference in zip(outputs(trial, model.feeds), exact, strict=True)
             for expected, got in zip(reference, made, strict=True)
         ]
         return sum(distances) / max(1, len(distances))
+
+
+def _candidates(graph: ir.Model, engine: Engine, ignore: Sequence[str]) -> tuple[list[Chosen], list[tuple[str, str]]]:
+    """Return what the engine may multiply in 8 bits, and (name, reason) of what is left alone.
+
+    Raises:
+        LlmoptError: there is no product.
+    """
+    from ..core.patterns import matches
+    from ..graphs.int8 import selected
+    from ..graphs.scores import scores
+
+    chosen, left = selected(graph, ignore)
+    found: list[Chosen] = [*chosen]
+    for one in scores(graph) if engine == "openvino" else ():
+        if any(matches(one.name, pattern) for pattern in ignore):
+            left.append((one.name, "ignored"))
+        else:
+            found.append(one)
+    return found, left
+
+
+def _quantize(graph: ir.Model, chosen: Sequence[Chosen], ranges: Mapping[ir.Value, Range], engine: Engine) -> None:
+    from ..graphs.int8 import Int8Product, quantize_products
+    from ..graphs.scores import Int8Scores, quantize_scores
+
+    quantize_scores(graph, [one for one in chosen if isinstance(one, Int8Scores)], ranges)
+    quantize_products(graph, [one for one in chosen if isinstance(one, Int8Product)], ranges, engine)
+
+
+def _trial(model: GraphModel, chosen: Sequence[Chosen], ranges: Mapping[ir.Value, Range]) -> ir.Model:
+    """Return a copy of the graph with `chosen` in 8 bits; weights that stay are shared with the graph."""
+    copy = model.graph.clone()
+    names = {one.name for one in chosen}
+    spans = {value.name: span for value, span in ranges.items()}
+    found = [one for one in _candidates(copy, model.engine, ())[0] if one.name in names]
+    _quantize(copy, found, {value: spans[value.name] for one in found for value in one.inputs}, model.engine)
+    return copy
 
 
 def _run(model: GraphModel, values: Sequence[ir.Value]) -> Iterator[tuple[list[Array], list[Array]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import onnx
@@ -148,9 +149,13 @@ def test_weight_codes_are_the_nearest():
     assert (np.abs(codes * scale[:, None] - matrix) <= scale[:, None] / 2 + 1e-7).all()
 
 
-def test_openvino_multiplies_integers_too(source: Path, tmp_path: Path):
+@pytest.mark.parametrize("before", [(), ("remove-padding",)], ids=["padded", "packed"])
+def test_openvino_multiplies_integers_too(source: Path, tmp_path: Path, before: tuple[str, ...]):
     openvino = pytest.importorskip("openvino")
-    manifest = build(source, tmp_path / "out", Step("remove-padding"), Step("quantize-static"), exports=("openvino",))
+    passes = [*map(Step, before), Step("quantize-static")]
+    manifest = build(source, tmp_path / "out", *passes, exports=("openvino",))
+    metrics = manifest.exports[0].passes[-1].metrics
+    assert (metrics["products_count"], metrics["scores_count"]) == (13, 2)
     assert manifest.exports[0].verification is not None
     assert manifest.exports[0].verification.passed
     core = openvino.Core()
@@ -160,3 +165,22 @@ def test_openvino_multiplies_integers_too(source: Path, tmp_path: Path):
     layers = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
     kinds = [(info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in layers]
     assert sum(kind == "FullyConnected" and precision in ("u8", "i8") for kind, precision in kinds) == 13
+
+
+def test_queries_and_keys_are_rounded_where_they_are_made(source: Path, tmp_path: Path):
+    """Not behind the gathers of eight groups: one rounding for the queries of a layer, one for its keys."""
+    pytest.importorskip("openvino")
+    build(source, tmp_path / "out", Step("remove-padding"), Step("quantize-static"), exports=("openvino",))
+    layers = ET.parse(tmp_path / "out" / "openvino_model.xml").getroot().find("layers")
+    assert layers is not None
+    # Four inputs of products and two scores in each of two layers, and the pooler's input.
+    assert sum(layer.get("type") == "FakeQuantize" for layer in layers) == 2 * (4 + 2) + 1
+
+
+def test_scores_stay_in_float_when_they_are_ignored(source: Path, tmp_path: Path):
+    pytest.importorskip("openvino")
+    made = build(
+        source, tmp_path / "out", Step("quantize-static", {"ignore": ["attention.0"]}), exports=("openvino",)
+    ).exports[0]
+    assert made.passes[-1].metrics["scores_count"] == 1
+    assert ("attention.0", "ignored") in made.passes[-1].skipped
