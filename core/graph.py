@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Engine = Literal["onnxruntime", "openvino"]
 """What computes the graph in the end: passes choose operators that it is fast at."""
 
+SHARED_CACHE = "llmopt.shared_cache"
+"""Metadata of a graph whose past may be longer than what it holds, and the same memory as the present."""
+
 
 @dataclass(slots=True)
 class GraphModel:

@@ -24,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ..core.graph import SHARED_CACHE
 from .attention import Attention, Mask, attentions
 from .nodes import CONTRIB, Builder, constant, initializer, made_by, permutation, replace, size
 from .rotary import POSITIONS, Rotation, Tables, rotate
@@ -99,7 +100,15 @@ def group_queries(model: ir.Model, *, positions: int | None, left_padded: bool =
     RemoveUnusedNodesPass()(model)
     if left_padded:
         _drop_positions(model.graph)
+    if _shares_cache(model.graph):
+        model.metadata_props[SHARED_CACHE] = "1"
     return report
+
+
+def _shares_cache(graph: ir.Graph) -> bool:
+    """Return whether nothing but GroupQueryAttention reads the past."""
+    pasts = [value for value in graph.inputs if (value.name or "").startswith(PAST)]
+    return all(user.op_type == "GroupQueryAttention" for value in pasts for user, _ in value.uses())
 
 
 def _drop_positions(graph: ir.Graph) -> None:

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.errors import LlmoptError
+from ..core.graph import SHARED_CACHE
 from ..core.runtime import Arrays, Runtime, Session
 from .versions import installed
 
@@ -68,6 +69,7 @@ class OnnxSession(Session):
         self._directory = directory
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
+        self._shares = SHARED_CACHE in session.get_modelmeta().custom_metadata_map
 
     def outputs(self, inputs: Arrays) -> Arrays:
         """Run one forward pass; a mask, positions and an empty cache are supplied where the graph asks for them.
@@ -100,9 +102,9 @@ class OnnxSession(Session):
         if not any(name.startswith(_PAST) for name in self._inputs):
             return self._generate_anew(prompt, max_new_tokens)
         tokens = list(prompt)
-        past: dict[str, Any] | None = None
+        past = self._cache(1, len(tokens) + max_new_tokens)
         for _ in range(max_new_tokens):
-            fresh = tokens if past is None else tokens[-1:]
+            fresh = tokens[-1:] if len(tokens) > len(prompt) else tokens
             logits, past = self._step(np.asarray([fresh], np.int64), np.ones((1, len(tokens)), np.int64), past)
             tokens.append(int(logits[0, -1].argmax()))
         return tokens[len(prompt) :]
@@ -117,32 +119,47 @@ class OnnxSession(Session):
 
         ids = np.asarray(inputs["input_ids"])
         mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)))
-        past: dict[str, Any] | None = None
+        past = self._cache(*mask.shape)
         scores: list[np.ndarray[Any, Any]] = []
         for place in range(ids.shape[1]):
             logits, past = self._step(ids[:, place : place + 1], mask[:, : place + 1], past)
             scores.append(logits)
         return np.concatenate(scores, axis=1)
 
+    def _cache(self, batch: int, length: int) -> dict[str, Any]:
+        """Return an empty cache: where past and present may be the same memory, buffers for `length` tokens."""
+        import numpy as np
+
+        if not self._shares:
+            return {}
+        # One made of an array would be that array's memory, and die with it.
+        made = import_module("onnxruntime").OrtValue.ortvalue_from_shape_and_type
+        cache: dict[str, Any] = {}
+        for name, value in self._inputs.items():
+            if name.startswith(_PAST):
+                empty = np.zeros((batch, value.shape[1], length, value.shape[3]), _dtype(value.type))
+                cache[name] = made(empty.shape, empty.dtype)
+                cache[name].update_inplace(empty)
+        return cache
+
     def _step(
-        self, fresh: np.ndarray[Any, Any], mask: np.ndarray[Any, Any], past: Mapping[str, Any] | None
+        self, fresh: np.ndarray[Any, Any], mask: np.ndarray[Any, Any], past: Mapping[str, Any]
     ) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
         """Run `fresh` tokens behind a cache that stays with the engine: no copy of it goes through numpy.
 
         Args:
             fresh: (batch, tokens).
             mask: (batch, tokens with those of the cache), 0 where there is padding.
-            past: the cache as the engine returned it, None for none.
+            past: the cache as `_cache` or the last step returned it.
 
         Returns:
             The logits, and the cache with the fresh tokens in it.
         """
         known = {"input_ids": fresh, "attention_mask": mask}
         feed = {name: self._typed(name, value) for name, value in known.items() if name in self._inputs}
-        kept = dict(past or {})
-        feed |= self._supplied(known, feed | kept, mask.shape[1] - fresh.shape[1])
-        self._require({*feed, *kept})
-        made = self._bound(feed, kept)
+        feed |= self._supplied(known, {**feed, **past}, mask.shape[1] - fresh.shape[1])
+        self._require({*feed, *past})
+        made = self._bound(feed, past)
         present = {name: value for name, value in made.items() if name.startswith(_PRESENT)}
         return made["logits"], {_PAST + name.removeprefix(_PRESENT): each for name, each in present.items()}
 
@@ -155,9 +172,12 @@ class OnnxSession(Session):
             for name, value in kept.items():
                 binding.bind_ortvalue_input(name, value)
             for name in self._outputs:
-                binding.bind_output(name)
+                if self._shares and name.startswith(_PRESENT):
+                    binding.bind_ortvalue_output(name, kept[_PAST + name.removeprefix(_PRESENT)])
+                else:
+                    binding.bind_output(name)
             self._session.run_with_iobinding(binding)
-        made = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        made = dict(zip(self._outputs, binding.get_outputs(), strict=True))  # in the order in which they were bound
         return {name: value.numpy() if name == "logits" else value for name, value in made.items()}
 
     def _generate_anew(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from families import FAMILIES, make_model, random_rows
-from llmopt.core.graph import GraphModel
+from llmopt.core.graph import SHARED_CACHE, GraphModel
 from llmopt.core.passes import PassContext, PassResult
 from llmopt.core.quantized import Grid
 from llmopt.exporters.onnx import Onnx, OnnxParams
@@ -209,6 +209,31 @@ def test_past_and_present_may_be_the_same_memory(exported: Any):
             whole = torch.cat([tokens(2, count, place) for place, count in enumerate((14, 1, 1, 1)[: step + 1])], 1)
             expected = made.model(input_ids=whole, attention_mask=mask, position_ids=positions).logits[:, -fresh:]
         assert np.abs(logits - expected.numpy())[new.bool().numpy()].max() < TOLERANCE
+
+
+def test_generating_keeps_the_cache_where_it_is(exported: Any, monkeypatch: pytest.MonkeyPatch):
+    made = exported("gemma2")
+    session = OnnxRuntime().open(made.folder, threads=1)
+    places: set[tuple[int, ...]] = set()
+    bound = session._bound
+
+    def watched(feed: Any, kept: Any) -> Any:
+        assert kept
+        places.add(tuple(each.data_ptr() for each in kept.values()))
+        return bound(feed, kept)
+
+    monkeypatch.setattr(session, "_bound", watched)
+    assert len(session.generate([5, 6, 7, 8, 9], 20)) == 20
+    assert len(places) == 1
+
+
+def test_a_graph_without_the_kernel_shares_no_cache(tmp_path: Path):
+    made = export(make_model(FAMILIES["llama"], head_dim=12, num_hidden_layers=1), tmp_path)
+    assert SHARED_CACHE not in made.session.get_modelmeta().custom_metadata_map
+    session = OnnxRuntime().open(made.folder, threads=1)
+    ids = [5, 6, 7, 8, 9]
+    expected = made.model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert session.generate(ids, 8) == expected[0, 5:].tolist()
 
 
 def test_a_batch_of_several_tokens_behind_a_past_is_refused_by_the_engine(exported: Any):
