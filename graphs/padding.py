@@ -35,6 +35,9 @@ _OVER_CHANNELS = """
 _UNARY, _BROADCASTING, _OVER_CHANNELS = (frozenset(names.split()) for names in (_UNARY, _BROADCASTING, _OVER_CHANNELS))
 
 
+_FLOAT_BYTES = 4
+
+
 @dataclass(slots=True)
 class Removal:
     """What was done.
@@ -43,9 +46,11 @@ class Removal:
         attentions: how many attentions now see only real tokens.
         left: (name, reason) of those that were left as they were.
         padded: names of the values that are padded again, because something reads them that is not token by token.
+        moved: bytes that gathers read and write for each token, beside the work that the padded graph does too.
     """
 
     attentions: int = 0
+    moved: int = 0
     left: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     padded: list[str] = field(default_factory=list[str])
 
@@ -268,6 +273,8 @@ class _Packing:
         assert attention.query.dtype is not None
         scale = self.builder.constant(attention.scale, attention.query.dtype.numpy())
         rows[0] = (self.builder.op("Mul", rows[0][0], scale), rows[0][1])
+        # What goes in is gathered; what comes out is put together and gathered back.
+        self.report.moved += 2 * _FLOAT_BYTES * (sum(heads * each for _, (heads, each) in rows) + 2 * _width(rows))
         if Mask.of(attention.mask) is None:
             out = self._attend_padded(attention, rows)
         else:

@@ -74,6 +74,8 @@ def test_a_text_does_not_depend_on_its_neighbours(source: Path, tmp_path: Path, 
     manifest = build(source, tmp_path / "out", *map(Step, before), Step(method))
     record = manifest.exports[0]
     assert record.passes[-1].metrics["products_count"] == 13  # six in each of two layers, and the pooler
+    if before:
+        assert 0.5 < record.passes[0].metrics["break_even_fill_ratio"] < 1
     assert ("classifier", "it makes an output of the model") in record.passes[-1].skipped
     assert record.verification is not None
     assert record.verification.mean_cosine_distance is not None

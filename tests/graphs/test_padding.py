@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from llmopt.exporters.onnx_trace import trace
 from llmopt.graphs.attention import spell_out
 from llmopt.graphs.padding import Removal, remove_padding
+from llmopt.passes.remove_padding import break_even
 
 _ENCODER: dict[str, Any] = {
     "vocab_size": 272,
@@ -108,3 +109,18 @@ def test_real_tokens_are_the_same(name: str, mask: np.ndarray, seed: int):
             assert np.abs(got[kept] - reference[kept]).max(initial=0) < 1e-5
             compared += 1
     assert compared
+
+
+def test_what_is_moved_for_a_token_is_counted():
+    """In each of two layers queries, keys and values are gathered, outputs put together and gathered back."""
+    _, report, _ = opened("bert")
+    width, layers = FAMILIES["bert"].config["hidden_size"], 2
+    assert report.attentions == layers
+    assert report.moved == layers * 2 * 4 * 5 * width
+
+
+def test_wide_models_pay_for_packing_sooner():
+    """A token of a BERT layer takes 24 * width ** 2 operations, and 40 * width bytes are moved for it."""
+    narrow, wide = (break_even(24 * width**2, 40 * width) for width in (384, 768))
+    assert 0.94 < narrow < 0.97 < wide < 1
+    assert break_even(0, 40) == 0
