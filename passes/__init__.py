@@ -26,6 +26,7 @@ PASSES: Registry[Pass[Any]] = Registry(
         "quantize-dynamic": "quantize_dynamic:QuantizeDynamic",
         "quantize-kv": "quantize_kv:QuantizeKv",
         "quantize-static": "quantize_static:QuantizeStatic",
+        "quantize-weights": "quantize_weights:QuantizeWeights",
         "remove-padding": "remove_padding:RemovePadding",
         "rotate": "rotate:Rotate",
         "rtn": "rtn:Rtn",
