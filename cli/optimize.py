@@ -28,6 +28,8 @@ from .options import Options, Source, with_options
 
 _GRAPH, _CALIBRATION = "Graph", "Calibration"
 _INT8 = ("dynamic", "static")
+_EMBEDDINGS = {"products": "none", "embeddings": 8, "group_size": 128, "max_drop": 0.01, "required": False}
+"""What `quantize-weights` does beside products in 8 bits."""
 
 
 @with_options(
@@ -53,8 +55,8 @@ def command(
         str | None,
         typer.Option(
             metavar="dynamic|static",
-            help="Multiply in 8 bits: static has fixed ranges, found by --calibration, and is faster; dynamic finds "
-            "the range of each token as the model runs.",
+            help="Multiply in 8 bits, and store embeddings so: static has fixed ranges, found by --calibration, and is "
+            "faster; dynamic finds the range of each token as the model runs.",
             rich_help_panel=_GRAPH,
         ),
     ] = None,
@@ -99,7 +101,7 @@ def command(
         passes.append(Step("remove-padding", {**options["remove-padding"], **required}))
     passes.append(Step("fuse"))
     if int8 is not None:
-        passes.append(Step(f"quantize-{int8}", options["quantize-static"]))
+        passes += [Step(f"quantize-{int8}", options["quantize-static"]), Step("quantize-weights", _EMBEDDINGS)]
     recipe = Recipe(
         model=ModelSpec(id=model, **options["model"]),
         calibration=None if calibration is None else CalibrationSpec(data=calibration, **options["calibration"]),

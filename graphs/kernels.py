@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import LlmoptError
 
@@ -39,6 +39,29 @@ def check_kernels(model: ir.Model) -> None:
         )
 
 
+def schema_of(node: ir.Node, model: ir.Model) -> Any:
+    """Return ONNX Runtime's description of a node's operator in the graph's version, None if it knows none."""
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    opset = node.version or model.opset_imports.get(domain, 1)
+    return _schema(domain, node.op_type, opset)
+
+
+@cache
+def _schema(domain: str, operator: str, opset: int) -> Any:
+    found = [one for one in _schemas().get((domain, operator), ()) if one.since_version <= opset]
+    return max(found, key=lambda one: one.since_version, default=None)
+
+
+@cache
+def _schemas() -> dict[tuple[str, str], list[Any]]:
+    engine = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+
+    found: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    for schema in engine.get_all_operator_schema():
+        found[schema.domain, schema.name].append(schema)
+    return found
+
+
 def _runs(domain: str, operator: str, opset: int) -> bool:
     """Return whether there is a kernel, or the engine puts other operators in the place of this one.
 
@@ -46,10 +69,10 @@ def _runs(domain: str, operator: str, opset: int) -> bool:
     2. A kernel with an end serves all versions between.
     3. What ONNX defines as a function of other operators is replaced by them; Constant becomes an initializer.
     """
-    versions = [version for version in _versions().get((domain, operator), ()) if version <= opset]
-    if not versions:
+    schema = _schema(domain, operator, opset)
+    if schema is None:
         return False
-    version = max(versions)
+    version = schema.since_version
     for start, end in _kernels().get((domain, operator), ()):
         if start == version or (end != _OPEN_END and start <= version <= end):
             return True
@@ -63,17 +86,6 @@ def _is_function(domain: str, operator: str, opset: int) -> bool:
         return False
     schema = defs.get_schema(operator, max_inclusive_version=opset, domain=domain)
     return bool(schema.has_function or schema.has_context_dependent_function)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@cache
-def _versions() -> dict[tuple[str, str], set[int]]:
-    """Return the opsets in which each operator changed."""
-    engine = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-
-    found: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for schema in engine.get_all_operator_schema():
-        found[schema.domain, schema.name].add(schema.since_version)
-    return found
 
 
 @cache

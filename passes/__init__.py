@@ -15,6 +15,7 @@ PASSES: Registry[Pass[Any]] = Registry(
         "autoround": "autoround:Autoround",
         "awq": "awq:Awq",
         "cast": "cast:Cast",
+        "cast-fp16": "cast_fp16:CastFp16",
         "convert-opset": "convert_opset:ConvertOpset",
         "fix-shapes": "fix_shapes:FixShapes",
         "fold": "fold:Fold",

@@ -71,6 +71,10 @@ class QuantizeWeightsParams(Params, frozen=True):
         ),
     ] = 0.05
     ignore: Ignore = ()
+    required: Annotated[
+        bool,
+        Meta(description="Refuse a model in which nothing can be done; otherwise it stays as it is, and that is said."),
+    ] = True
 
 
 class QuantizeWeights(GraphPass[QuantizeWeightsParams]):
@@ -126,7 +130,7 @@ class QuantizeWeights(GraphPass[QuantizeWeightsParams]):
         """Round the weights and put their codes into the graph.
 
         Raises:
-            LlmoptError: there is none, or a weight is not finite.
+            LlmoptError: there is none and one is `required`, or a weight is not finite.
         """
         from ..graphs.weights import find_weights, put_codes, tidy_weights
 
@@ -158,12 +162,12 @@ class QuantizeWeights(GraphPass[QuantizeWeightsParams]):
                 counts["embeddings"] += look_up
                 worst, before, after = max(worst, error), before + matrix.nbytes, after + blocks.nbytes
         tidy_weights(model.graph)
-        if not result.changed:
+        if not result.changed and self.params.required:
             reasons = "; ".join(sorted({skip.reason for skip in result.skipped}))
             raise LlmoptError(
                 "no weight of the graph can be stored as codes",
                 where=reasons or "it has neither products nor embeddings in floating point",
-                hint="leave the pass out",
+                hint="leave the pass out, or set `required: false`",
             )
         result.metrics = {f"{kind}_count": count for kind, count in counts.items()}
         result.metrics |= {"error_max_ratio": worst, "weights_before_bytes": before, "weights_after_bytes": after}
