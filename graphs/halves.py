@@ -5,7 +5,7 @@ A node stays in float32 where, on the texts that were tried,
 1. one of its numbers comes near the largest of float16, or all of them lie below the smallest that float16 has in full;
 2. a sum inside it would be too large: of squares in a norm, of the terms of a mean;
 3. a constant of it is beyond float16, or becomes zero in it;
-4. it counts positions, or turns them by an angle: float16 has whole numbers up to 2048 only;
+4. it counts positions, turns them by an angle, or makes whole numbers: float16 has those up to 2048 only;
 5. it makes the scores of a softmax, and those are so large that their rounding would show;
 6. its operator has no float16, or it contains a graph of its own.
 
@@ -47,6 +47,7 @@ _MASK, _HIDES = -LARGEST / 4, -1e9
 _SQUARES = frozenset({"ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "LpNormalization"})
 _MEANS = frozenset({"ReduceMean", "GlobalAveragePool", "AveragePool"})
 _COUNTS = frozenset({"Cos", "CumSum", "Range", "Sin"})
+_PRODUCTS = frozenset({"Conv", "Gemm", "LayerNormalization", "MatMul", "SimplifiedLayerNormalization", "Softmax"})
 _MOVES = frozenset(
     {"Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice", "Split"}
     | {"Squeeze", "Tile", "Transpose", "Unsqueeze"}
@@ -146,7 +147,7 @@ def _needing_more(model: ir.Model, ranges: Mapping[str, _Range], headroom: float
     for node in model.graph:
         if (reason := _reason(node, model, ranges, headroom)) is not None:
             found[node] = reason
-    _angles(found)
+    _exact(list(model.graph), found)
     for node in model.graph:
         if node.op_type in ("Softmax", "LogSoftmax"):
             _exponents(node, ranges, found)
@@ -225,16 +226,28 @@ def _counts(node: ir.Node, ranges: Mapping[str, _Range]) -> bool:
     return seen is not None and seen.largest > _WHOLE
 
 
-def _angles(found: dict[ir.Node, str]) -> None:
-    """Add what makes the angles of sines and cosines, back to where they are whole numbers."""
-    behind = [node for node in found if node.op_type in ("Cos", "Sin")]
+def _exact(nodes: Iterable[ir.Node], found: dict[ir.Node, str]) -> None:
+    """Add what makes angles of sines and cosines, and what is made into whole numbers, back to a product."""
+    behind = [(node, "it makes an angle of positions") for node in nodes if node.op_type in ("Cos", "Sin")]
+    behind += [(node, "it is made into whole numbers") for node in nodes if _makes_whole(node)]
+    found |= {node: reason for node, reason in behind if node not in found}
     while behind:
-        for value in behind.pop().inputs:
+        last, reason = behind.pop()
+        for value in last.inputs:
             node = value.producer() if value is not None else None
-            if node is None or value is None or value.dtype != FULL or node in found:
+            if node is None or value is None or value.dtype != FULL or node in found or node.op_type in _PRODUCTS:
                 continue
-            found[node] = "it makes an angle of positions"
-            behind.append(node)
+            found[node] = reason
+            behind.append((node, reason))
+
+
+def _makes_whole(node: ir.Node) -> bool:
+    source = node.inputs[0] if node.inputs else None
+    if source is None or source.dtype != FULL:
+        return False
+    made = node.outputs[0].dtype
+    whole = node.op_type == "Cast" and made is not None and made.is_integer()
+    return whole or node.op_type in ("Ceil", "Floor", "Mod", "Round")
 
 
 def _exponents(softmax: ir.Node, ranges: Mapping[str, _Range], found: dict[ir.Node, str]) -> None:
