@@ -12,7 +12,7 @@ from .help import Command, paragraphs, section, width
 
 COMMANDS = {
     "quantize": "Quantize a model's weights and export it.",
-    "optimize": "Make a model's graph fast on a CPU and export it.",
+    "optimize": "Make a model's graph fast and export it.",
     "export": "Export a model without changing its weights.",
     "run": "Run a recipe.",
     "plan": "Show what a recipe will do, and refuse what cannot work.",

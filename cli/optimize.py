@@ -27,12 +27,15 @@ from .common import (
 from .options import Options, Source, with_options
 
 _GRAPH, _CALIBRATION = "Graph", "Calibration"
-_INT8 = ("dynamic", "static")
+_INT8, _TARGETS = ("dynamic", "static"), ("cpu", "gpu", "edge")
+_EMBEDDINGS = {"products": "none", "embeddings": 8, "group_size": 128, "max_drop": 0.01, "required": False}
+"""What `quantize-weights` does beside products in 8 bits."""
 
 
 @with_options(
     Source("remove-padding", PASSES.load("remove-padding").Params, frozenset({"required"}), _GRAPH),
     Source("quantize-static", PASSES.load("quantize-static").Params, panel=_GRAPH),
+    Source("fix-shapes", PASSES.load("fix-shapes").Params, frozenset({"axes"}), _GRAPH),
     Source("calibration", CalibrationSpec, frozenset({"data"}), _CALIBRATION),
     Source("model", ModelSpec, frozenset({"id"}), "Model"),
 )
@@ -40,12 +43,21 @@ def command(
     model: ModelArgument,
     *,
     output: Output = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="cpu|gpu|edge",
+            help="Where it will run. gpu: float16, and the operators that are known to have CUDA kernels. edge: "
+            "standard operators alone, products in 8 bits with fixed ranges, found by --calibration.",
+            rich_help_panel=_GRAPH,
+        ),
+    ] = "cpu",
     remove_padding: Annotated[
         bool | None,
         typer.Option(
             "--remove-padding/--no-remove-padding",
             help="Let an encoder compute its tokens, not the rectangle that a batch is padded to. [default: where the "
-            "model is an encoder]",
+            "model is an encoder, and the target a CPU]",
             rich_help_panel=_GRAPH,
         ),
     ] = None,
@@ -53,8 +65,8 @@ def command(
         str | None,
         typer.Option(
             metavar="dynamic|static",
-            help="Multiply in 8 bits: static has fixed ranges, found by --calibration, and is faster; dynamic finds "
-            "the range of each token as the model runs.",
+            help="Multiply in 8 bits, and store embeddings so: static has fixed ranges, found by --calibration, and is "
+            "faster; dynamic finds the range of each token as the model runs.",
             rich_help_panel=_GRAPH,
         ),
     ] = None,
@@ -78,28 +90,27 @@ def command(
     verbose: Verbose = False,
     options: Options,
 ) -> None:
-    """Make a model's graph fast on a CPU and export it.
+    """Make a model's graph fast and export it.
 
-    Padding is removed from encoders, operators are fused, and with --int8 products are computed in 8 bits. The artifact
-    is opened again in its runtime and compared with the model.
+    For a CPU padding is removed from encoders, operators are fused, and with --int8 products are computed in 8 bits;
+    --target chooses other steps for a GPU or for small devices. The artifact is opened again in its runtime, on the
+    CPU, and compared with the model.
 
         llmopt optimize ./my-encoder -o my-encoder-int8 --int8 static --calibration texts.txt
     """
     screen = open_screen(json=json, quiet=quiet, verbose=verbose)
-    if int8 is not None and int8 not in _INT8:
-        raise UsageError(f"bad value for --int8: {int8}", where="expected dynamic or static", hint=nearest(int8, _INT8))
-    if int8 == "static" and calibration is None:
-        raise UsageError(
-            "--int8 static needs calibration data", hint="name it with --calibration SPEC, or use --int8 dynamic"
-        )
-    _refuse_idle(options, int8=int8, calibrated=calibration is not None, packs=remove_padding is not False)
+    _check_choice("--target", target, _TARGETS)
+    if int8 is not None:
+        _check_choice("--int8", int8, _INT8)
+    packs = target == "cpu" if remove_padding is None else remove_padding
+    if target == "edge" and int8 is None:
+        int8 = "static"
+    _refuse(options, target=target, int8=int8, calibrated=calibration is not None, packs=packs)
     passes: list[Step] = []
-    if remove_padding is not False:
+    if packs:
         required = {} if remove_padding else {"required": False}
         passes.append(Step("remove-padding", {**options["remove-padding"], **required}))
-    passes.append(Step("fuse"))
-    if int8 is not None:
-        passes.append(Step(f"quantize-{int8}", options["quantize-static"]))
+    passes += _steps(target, int8, options)
     recipe = Recipe(
         model=ModelSpec(id=model, **options["model"]),
         calibration=None if calibration is None else CalibrationSpec(data=calibration, **options["calibration"]),
@@ -110,12 +121,48 @@ def command(
     execute(recipe, output, screen, dry_run=dry_run, save_recipe=save_recipe, force=force, max_memory=max_memory)
 
 
-def _refuse_idle(options: Options, *, int8: str | None, calibrated: bool, packs: bool) -> None:
-    """Refuse options that would do nothing.
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that an option does not take.
+
+    Raises:
+        UsageError: it names those that it takes.
+    """
+    if value not in choices:
+        raise UsageError(
+            f"bad value for {option}: {value}", where=f"expected {' or '.join(choices)}", hint=nearest(value, choices)
+        )
+
+
+def _steps(target: str, int8: str | None, options: Options) -> list[Step]:
+    """Return the passes for a target, behind the removal of padding."""
+    if target == "edge":
+        steps = [Step("fold"), Step("simplify")]
+    else:
+        steps = [Step("fuse", {} if target == "cpu" else {"target": target})]
+    if target == "gpu":
+        steps.append(Step("cast-fp16"))
+    if int8 is not None:
+        standard = {} if target == "cpu" else {"operators": "standard"}
+        embeddings = {name: value for name, value in _EMBEDDINGS.items() if not standard or name != "group_size"}
+        steps += [Step(f"quantize-{int8}", options["quantize-static"]), Step("quantize-weights", embeddings | standard)]
+    return [*steps, Step("fix-shapes", options["fix-shapes"])] if options["fix-shapes"] else steps
+
+
+def _refuse(options: Options, *, target: str, int8: str | None, calibrated: bool, packs: bool) -> None:
+    """Refuse what lacks something, and options that would do nothing.
 
     Raises:
         UsageError: it names what they need.
     """
+    if target == "gpu" and int8 is not None:
+        raise UsageError(
+            f"--int8 {int8} is for processors", where="--target gpu computes in float16", hint="leave one of them out"
+        )
+    if int8 == "static" and not calibrated:
+        asked = "--target edge" if target == "edge" else "--int8 static"
+        raise UsageError(
+            f"{asked} needs calibration data", hint="name it with --calibration SPEC, or use --int8 dynamic"
+        )
     static = {"observer", "percentile"} & set(options["quantize-static"])
     for given, idle, needs in (
         (options["calibration"], not calibrated, "--calibration SPEC"),

@@ -71,9 +71,15 @@ class ExportableModel(ModelHandle, Protocol):
 
 @dataclass(slots=True)
 class ExportResult:
-    """What an exporter wrote: notes are sentences for the user and the manifest."""
+    """What an exporter wrote.
+
+    Attributes:
+        notes: sentences for the user and the manifest.
+        rounded: `GraphModel.rounded`.
+    """
 
     notes: list[str] = field(default_factory=list[str])
+    rounded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +188,19 @@ class GraphExporter(Exporter[P]):
 
     def save(self, graph: ir.Model, model: ExportableModel, directory: Path) -> list[str]:
         """Write the finished graph and the model's side files; return notes for the user."""
+        raise NotImplementedError
+
+    def weights_equal(self, model: ExportableModel, directory: Path, *, rounded: Collection[str] = ()) -> bool | None:
+        """Read the artifact back and compare every quantized weight bit for bit.
+
+        Args:
+            model: the model that was exported.
+            directory: the artifact.
+            rounded: hashes of the codes and scales that passes on the graph gave further weights.
+
+        Returns:
+            None when nothing in the artifact is quantized.
+        """
         raise NotImplementedError
 
     def export(self, model: ExportableModel, directory: Path, context: ExportContext) -> ExportResult:

@@ -28,9 +28,11 @@ class GraphModel:
         facts: the outline of the model it was traced from.
         engine: what will compute it.
         feeds: calibration batches, arrays by the names of the graph's inputs; none without calibration data.
+        rounded: hashes of the codes and scales that passes on the graph gave weights, which the artifact must hold.
     """
 
     graph: ir.Model
     facts: ModelFacts
     engine: Engine
     feeds: Sequence[Mapping[str, np.ndarray[Any, Any]]] = field(default_factory=tuple[Any, ...])
+    rounded: set[str] = field(default_factory=set[str])

@@ -22,6 +22,7 @@ from .onnx_readback import codes_equal
 from .onnx_trace import trace
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     import onnx_ir as ir
@@ -118,15 +119,17 @@ class Onnx(GraphExporter[OnnxParams]):
             notes.append("a batch of several texts continues one token at a time: ONNX Runtime's GroupQueryAttention")
         return notes
 
-    def weights_equal(self, model: ExportableModel, directory: Path) -> bool | None:
-        """Compare every code, scale and zero point of the saved graph with the model's.
+    def weights_equal(self, model: ExportableModel, directory: Path, *, rounded: Collection[str] = ()) -> bool | None:
+        """Compare every code, scale and zero point of the saved graph with the model's, and with those of its passes.
 
         Returns:
-            None when the model is not quantized.
+            None when nothing is quantized.
         """
         import onnx_ir as ir
 
-        return codes_equal(ir.load(directory / GRAPH), model) if model.quantized else None
+        if not model.quantized and not rounded:
+            return None
+        return codes_equal(ir.load(directory / GRAPH), model, rounded)
 
 
 def save_graph(graph: ir.Model, directory: Path) -> None:

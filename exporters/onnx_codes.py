@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.errors import LlmoptError, UsageError
-from ..graphs.products import Product, products
-from .onnx_nbits import (
+from ..graphs.nbits import (
+    ACCURACY_LEVEL,
+    Activations,
     Blocks,
     block_size,
     common_layout,
@@ -21,6 +22,7 @@ from .onnx_nbits import (
     pack_zero_points,
     to_blocks,
 )
+from ..graphs.products import Key, Product, products
 from .row_index import Origin, RowIndex
 
 if TYPE_CHECKING:
@@ -34,9 +36,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-Activations = Literal["float32", "int8"]
-
-_ACCURACY_LEVEL = {"float32": 1, "int8": 4}
 _DOMAIN = "com.microsoft"
 
 
@@ -77,7 +76,7 @@ class _Piece:
         inputs = [value, *self.weights]
         if self.operator == "MatMul":
             return ir.node("MatMul", inputs, name=name)
-        attributes = {**self.sizes, "accuracy_level": _ACCURACY_LEVEL[activations]}
+        attributes = {**self.sizes, "accuracy_level": ACCURACY_LEVEL[activations]}
         return ir.node("MatMulNBits", inputs, domain=_DOMAIN, attributes=attributes, name=name)
 
 
@@ -124,7 +123,7 @@ def carry_codes(model: ir.Model, source: QuantizedSource, *, activations: Activa
     found = list(products(model))
     dtypes = sorted({product.dtype for product in found} & {"FLOAT", "FLOAT16"})
     indexes = {dtype: _index(source, dtype) for dtype in dtypes}
-    carried: dict[tuple[int, int], list[_Piece] | None] = {}
+    carried: dict[Key, list[_Piece] | None] = {}
     for product in found:
         index = indexes.get(product.dtype)
         if index is None:

@@ -19,6 +19,8 @@ from .onnx import GRAPH, save_graph
 from .onnx_trace import captured, trace
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
     import onnx_ir as ir
 
     from ..core.facts import ModelFacts
@@ -101,7 +103,30 @@ class OpenVino(GraphExporter[OpenVinoParams]):
         model.save_side_files(directory)
         return []
 
-    def weights_equal(self, model: ExportableModel, directory: Path) -> bool | None:
-        """Return None: nothing in the artifact is quantized by codes of the model."""
-        del model, directory
-        return None
+    def weights_equal(self, model: ExportableModel, directory: Path, *, rounded: Collection[str] = ()) -> bool | None:
+        """Compare the codes and scales of the saved model with those that passes on the graph made.
+
+        Returns:
+            None when they made none.
+        """
+        del model
+        return set(rounded) <= set(_digests(directory / MODEL)) if rounded else None
+
+
+def _digests(path: Path) -> Iterator[str]:
+    """Yield a hash of the numbers of every constant, bytes with a sign as codes around 128."""
+    import numpy as np
+    import openvino
+
+    from ..graphs.nbits import digest
+
+    for node in openvino.Core().read_model(path).get_ops():
+        if node.get_type_name() != "Constant":
+            continue
+        array, kind = node.data, node.get_element_type().get_type_name()
+        if kind in ("u4", "i4"):
+            packed = np.asarray(array).view(np.uint8).reshape(-1)
+            array = np.stack([packed & 15, packed >> 4], -1).reshape(-1)[: node.get_output_shape(0).size]
+        elif kind == "i8":
+            array = (array.astype(np.int16) + 128).astype(np.uint8)
+        yield digest(array)

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ..core.errors import LlmoptError
 from .attention import attentions
 from .decoder import group_queries
+from .folding import quiet
+from .heads import attend_with_heads
+from .kernels import CUDA, PUBLISHED, can_be_asked, without_cuda_kernel
 from .nodes import CONTRIB, Builder, constant, nodes_of, replace
 
 if TYPE_CHECKING:
@@ -72,6 +76,40 @@ def fuse_for_onnxruntime(model: ir.Model, *, positions: int | None = None, left_
     counts |= {kind: sum(operators[name] for name in names) for kind, names in _KINDS.items()}
     counts["rotary"] += lowered.inside
     return Fusion(counts, lowered.left + _unfused(model, counts))
+
+
+def fuse_for_cuda(model: ir.Model) -> Fusion:
+    """Put the fused operators into the graph that ONNX Runtime has CUDA kernels for, in place.
+
+    An encoder's attention becomes MultiHeadAttention. Attention over a cache is left to be spelled out: the CUDA kernel
+    of GroupQueryAttention is not documented to take a bias, which padding needs.
+
+    Args:
+        model: a graph whose attention is `llmopt.Attention`.
+
+    Raises:
+        LlmoptError: an operator was put in that has no kernel, or is not known to have one.
+    """
+    from transformers.exporters import onnxruntime_fusions as theirs
+
+    total = len(attentions(model))
+    lowered, left = attend_with_heads(model)
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step, providers in theirs._STEPS:  # pyright: ignore[reportPrivateUsage]
+            # Those for CUDA alone make operators that no CPU computes, and so nothing could be verified.
+            if providers is None or step is theirs._untranspose_batch_matmuls:  # pyright: ignore[reportPrivateUsage]
+                step(model)
+    if unknown := without_cuda_kernel(model):
+        raise LlmoptError(
+            f"no CUDA kernel is known for {', '.join(unknown)}",
+            where="the installed ONNX Runtime" if can_be_asked(CUDA) else PUBLISHED,
+            hint="leave `fuse` out for the GPU",
+        )
+    operators = Counter(node.op_type for node in model.graph.all_nodes())
+    counts = {"attention": total, "multi_head_attention": lowered}
+    counts |= {kind: sum(operators[name] for name in names) for kind, names in _KINDS.items()}
+    return Fusion(counts, left + _unfused(model, counts))
 
 
 def _unfused(model: ir.Model, counts: Mapping[str, int]) -> list[tuple[str, str]]:

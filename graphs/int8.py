@@ -21,7 +21,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ..core.errors import LlmoptError
 from ..core.patterns import matches
 from .nodes import Builder, constant, initializer, replace, size
-from .products import Product, products
+from .products import Key, Product, products
+from .weights import added_bias, weight_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -105,9 +106,9 @@ def candidates(model: ir.Model) -> tuple[list[Int8Product], list[tuple[str, str]
         output, bias = node.outputs[0], None
         if product.bias is not None:
             bias = constant(product.bias)
-        elif (added := _added(output)) is not None:
+        elif (added := added_bias(output)) is not None:
             output, bias = added
-        name = _name(product, bias is not None)
+        name = weight_name(product)
         if product.bias is not None and bias is None:
             left.append((name, "its bias is no constant"))
         elif _becomes_output(output):
@@ -153,7 +154,7 @@ def quantize_products(
         engine: what will compute them.
     """
     inputs: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-    matrices: dict[tuple[int, int], tuple[ir.Value, Array]] = {}
+    matrices: dict[Key, tuple[ir.Value, Array]] = {}
     for one in chosen:
         builder, source = Builder(one.product.node), one.input
         span = ranges[source]
@@ -222,34 +223,12 @@ def _bias(builder: Builder, one: Int8Product, scale: Array) -> list[ir.Value]:
     return [builder.op("DequantizeLinear", stored, scales, zeros, axis=0, dtype=ir.DataType.FLOAT)]
 
 
-def _added(output: ir.Value) -> tuple[ir.Value, Array] | None:
-    """Return the sum and the constant that is added to a product, where it is a bias."""
-    users = list(output.uses())
-    if len(users) != 1 or users[0][0].op_type != "Add" or output.is_graph_output():
-        return None
-    node, place = users[0]
-    bias = constant(node.inputs[1 - place])
-    if bias is None or bias.size != size(output, -1) or bias.shape[-1:] != (bias.size,):
-        return None
-    return node.outputs[0], bias
-
-
 def _becomes_output(value: ir.Value) -> bool:
     """Return whether a value is an output of the graph, but for its shape and padding."""
     if value.is_graph_output():
         return True
     users = [user for user, place in value.uses() if user.op_type in _PASSING and (place == 0 or user.op_type == "Mul")]
     return any(_becomes_output(user.outputs[0]) for user in users)
-
-
-def _name(product: Product, biased: bool) -> str:
-    """Return the name of the weight, or of its bias where the weight's own is lost in tracing."""
-    node = product.node
-    added = next((user for user, _ in node.outputs[0].uses() if user.op_type == "Add"), None)
-    values = [node.inputs[1], product.bias, *(added.inputs if added is not None and biased else ())]
-    names = [value.name for value in values if value is not None and value.is_initializer() and value.name]
-    best = next((name for name in names if "." in name), names[0] if names else node.name or "product")
-    return best.removesuffix(".weight").removesuffix(".bias")
 
 
 def quantize_by_token(model: ir.Model, chosen: Sequence[Int8Product]) -> None:
@@ -259,7 +238,7 @@ def quantize_by_token(model: ir.Model, chosen: Sequence[Int8Product]) -> None:
     the texts beside it.
     """
     inputs: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
-    matrices: dict[tuple[int, int], tuple[ir.Value, ir.Value, int]] = {}
+    matrices: dict[Key, tuple[ir.Value, ir.Value, int]] = {}
     for one in chosen:
         builder, source = Builder(one.product.node), one.input
         if source not in inputs:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
+Key = tuple[int, int, bool]
+"""The constant, its place where it is one of a stack, and whether its rows are outputs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Product:
@@ -20,14 +23,14 @@ class Product:
 
     Attributes:
         node: the MatMul or Gemm.
-        key: says which constant it is: two products with one key share the matrix.
+        key: says which matrix it is: two products with one key share it.
         dtype: of the matrix, as ONNX names it ("FLOAT").
         matrix: reads the matrix, (out, in).
         bias: added to the product.
     """
 
     node: ir.Node
-    key: tuple[int, int]
+    key: Key
     dtype: str
     matrix: Callable[[], Array]
     bias: ir.Value | None
@@ -68,13 +71,13 @@ def _is_plain(gemm: ir.Node) -> bool:
     return not scaled and not attributes.get_int("transA", 0)
 
 
-def _source(value: ir.Value, *, by_rows: bool) -> tuple[tuple[int, int], str, Callable[[], Array]] | None:
+def _source(value: ir.Value, *, by_rows: bool) -> tuple[Key, str, Callable[[], Array]] | None:
     """Return key, dtype and reader of the constant matrix behind a value, None if there is none."""
     tensor = constant(value)
     if tensor is not None:
         if len(tensor.shape) != 2:
             return None
-        return (id(value), 0), str(tensor.dtype), lambda: _rows(tensor.numpy(), by_rows=by_rows)
+        return (id(value), 0, by_rows), str(tensor.dtype), lambda: _rows(tensor.numpy(), by_rows=by_rows)
     producer = value.producer()
     if producer is None or not producer.inputs or producer.inputs[0] is None:
         return None
@@ -88,7 +91,7 @@ def _source(value: ir.Value, *, by_rows: bool) -> tuple[tuple[int, int], str, Ca
     if stack is None or not ones or split.attributes.get_int("axis", 0) != 0:
         return None
     place = list(split.outputs).index(producer.inputs[0])
-    return (id(split.inputs[0]), place), str(stack.dtype), lambda: _rows(stack.numpy()[place], by_rows=by_rows)
+    return (id(split.inputs[0]), place, by_rows), str(stack.dtype), lambda: _rows(stack.numpy()[place], by_rows=by_rows)
 
 
 def _rows(stored: Array, *, by_rows: bool) -> Array:

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
+from ..core.errors import UsageError
 from ..core.params import Params
 from ..core.passes import GraphPass, PassResult, Skip
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..core.facts import ModelFacts
     from ..core.graph import GraphModel
     from ..core.passes import PassContext
+    from ..core.target import Target
 
 
 class FuseParams(Params, frozen=True):
@@ -26,6 +29,13 @@ class FuseParams(Params, frozen=True):
             "attention counts positions by itself, which is faster; the graph then has no `position_ids`."
         ),
     ] = "any"
+    target: Annotated[
+        Literal["cpu", "gpu", "edge"],
+        Meta(
+            description="Whose kernels are used: ONNX Runtime's for a CPU, those for CUDA, or, for `edge`, standard "
+            "operators alone."
+        ),
+    ] = "cpu"
 
 
 class Fuse(GraphPass[FuseParams]):
@@ -34,22 +44,59 @@ class Fuse(GraphPass[FuseParams]):
     name: ClassVar[str] = "fuse"
     Params: ClassVar[type[Params]] = FuseParams
 
-    def run(self, model: GraphModel, context: PassContext) -> PassResult:
-        """Fuse; OpenVINO fuses standard operators by itself."""
-        del context
-        result = PassResult()
-        before = len(list(model.graph.graph.all_nodes()))
-        if model.engine == "onnxruntime":
-            from ..graphs.fusion import fuse_for_onnxruntime
+    def check(self, facts: ModelFacts, target: Target) -> None:
+        """Refuse `padding` where nothing reads it.
 
-            report = fuse_for_onnxruntime(
-                model.graph, positions=_positions(model.facts.config), left_padded=self.params.padding == "left"
+        Raises:
+            UsageError: the target is no CPU.
+        """
+        del facts, target
+        if self.params.padding != "any" and self.params.target != "cpu":
+            raise UsageError(
+                f"`padding: {self.params.padding}` of `{self.name}` is for a CPU",
+                where=f"target: {self.params.target}",
+                hint="leave one of the two out",
             )
+
+    def run(self, model: GraphModel, context: PassContext) -> PassResult:
+        """Fuse; OpenVINO fuses standard operators by itself.
+
+        Raises:
+            LlmoptError: for a GPU: an operator is not known to have a kernel there.
+        """
+        del context
+        result, target = PassResult(), self.params.target
+        before = len(list(model.graph.graph.all_nodes()))
+        if model.engine == "onnxruntime" and target != "edge":
+            from ..graphs.fusion import fuse_for_cuda, fuse_for_onnxruntime
+
+            if target == "gpu":
+                report = fuse_for_cuda(model.graph)
+                result.notes = _of_cuda()
+            else:
+                left_padded = self.params.padding == "left"
+                positions = _positions(model.facts.config)
+                report = fuse_for_onnxruntime(model.graph, positions=positions, left_padded=left_padded)
             result.metrics = {f"{kind}_count": count for kind, count in report.counts.items()}
             result.skipped = [Skip(name, reason) for name, reason in report.left]
+        elif target == "edge":
+            result.notes = ["standard operators alone: nothing is fused"]
         after = len(list(model.graph.graph.all_nodes()))
         result.metrics |= {"nodes_before_count": before, "nodes_after_count": after}
         return result
+
+
+def _of_cuda() -> list[str]:
+    """Return what must be said of kernels that could not be asked for."""
+    from ..graphs.kernels import CUDA, PUBLISHED, can_be_asked
+
+    if can_be_asked(CUDA):
+        return []
+    known = f"those that its published table has ({PUBLISHED})"
+    return [
+        f"the installed ONNX Runtime has no CUDA kernels to ask: fused operators are {known}",
+        "the artifact was opened on the CPU only",
+    ]
 
 
 def _positions(config: Mapping[str, Any]) -> int | None:

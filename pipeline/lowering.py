@@ -76,7 +76,7 @@ def export_graph(
         # Of a graph's source, saving asks for facts and side files alone.
         notes += exporter.save(state.graph, cast("ExportableModel", model), directory)
         step.advance(detail="saved")
-    return ExportResult(notes), results
+    return ExportResult(notes, frozenset(state.rounded)), results
 
 
 def _read(source: GraphSource, passes: Sequence[AnyGraphPass]) -> ir.Model:

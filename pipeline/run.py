@@ -177,7 +177,7 @@ def _run_exports(
         files = in_background(partial(file_records, directory))
         drop = max((drop for one in applied if (drop := one.drop()) is not None), default=None)
         with reporter.step(f"verifying {exporter.name} in {exporter.opened_in()}", 1) as step:
-            parity = compare(exporter, model, directory, reference, drop=drop)
+            parity = compare(exporter, model, directory, reference, drop=drop, rounded=result.rounded)
             step.advance(detail=in_words(parity))
         records.append(
             ExportRecord(

@@ -169,6 +169,57 @@ def test_quiet_keeps_figures_that_were_asked_for(llmopt, pipeline):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "passes"),
+    [
+        ("", [{"remove-padding": {"required": False}}, "fuse"]),
+        ("--batch 1 --sequence 64 --no-remove-padding", ["fuse", {"fix-shapes": {"batch": 1, "sequence": 64}}]),
+        ("--target gpu", [{"fuse": {"target": "gpu"}}, "cast-fp16"]),
+        (
+            "--int8 dynamic --no-remove-padding",
+            ["fuse", "quantize-dynamic", {"quantize-weights": {"products": "none", "embeddings": 8}}],
+        ),
+        (
+            "--target edge --calibration text.txt --sequence 64",
+            [
+                "fold",
+                "simplify",
+                "quantize-static",
+                {"quantize-weights": {"products": "none", "embeddings": 8, "operators": "standard"}},
+                {"fix-shapes": {"sequence": 64}},
+            ],
+        ),
+    ],
+)
+def test_optimize_chooses_passes_by_target(llmopt, pipeline, arguments, passes):
+    llmopt("optimize", "model", "-o", "out", *arguments.split())
+    found = pipeline["recipe"].to_dict()["passes"]
+    assert [step if isinstance(step, str) else next(iter(step)) for step in found] == [
+        step if isinstance(step, str) else next(iter(step)) for step in passes
+    ]
+    for step, expected in zip(found, passes, strict=True):
+        if not isinstance(expected, str):
+            ((name, params),) = expected.items()
+            assert params.items() <= step[name].items()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--target tpu", "bad value for --target: tpu"),
+        ("--int8 fast", "bad value for --int8: fast"),
+        ("--target gpu --int8 dynamic", "--int8 dynamic is for processors"),
+        ("--target edge", "--target edge needs calibration data"),
+        ("--int8 static", "--int8 static needs calibration data"),
+        ("--target gpu --groups 4", "--groups needs padding to be removed"),
+    ],
+)
+def test_optimize_refuses(llmopt, pipeline, arguments, message):
+    ended = llmopt("optimize", "model", "-o", "out", *arguments.split())
+    assert ended.code == 2
+    assert message in ended.err
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         "quantize model -o out",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt.core.quantized import Grid
-from llmopt.exporters.onnx_nbits import (
+from llmopt.graphs.nbits import (
     Blocks,
     block_size,
     common_layout,

@@ -1,4 +1,6 @@
-"""The container that ONNX Runtime computes with: `com.microsoft.MatMulNBits`, codes of 2, 4 or 8 bits in blocks.
+"""The containers that ONNX Runtime computes with: codes of 2, 4 or 8 bits in blocks.
+
+`com.microsoft.MatMulNBits` multiplies by them:
 
     B            uint8 (out, blocks, block * bits / 8)      codes of a block, low bits first
     scales       float (out, blocks)
@@ -7,12 +9,19 @@
 A block is 16, 32, 64, 128 or 256 weights of a row; the last block of a row may be cut short. Codes of 3 bits lie
 unchanged in a container of 4, those of 5 and 6 bits in one of 8. Sizes found by running the CPU provider of
 ONNX Runtime 1.31, which refuses every other number of bits and block size.
+
+`com.microsoft.GatherBlockQuantized` looks rows up in them, laid out so, (rows, blocks, …), or without gaps:
+
+    data         uint8 (rows, width * bits / 8)             codes of a row, low bits first
+    scales       float (rows, blocks)
+    zero_points  uint8 (rows, ceil(blocks * bits / 8))
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.errors import LlmoptError
 
@@ -24,6 +33,12 @@ if TYPE_CHECKING:
     from ..core.quantized import Grid, QuantizedWeight
 
     Array = np.ndarray[Any, Any]
+
+Activations = Literal["float32", "int8"]
+"""What a product by codes is computed with."""
+
+ACCURACY_LEVEL = {"float32": 1, "int8": 4}
+"""MatMulNBits' number for it."""
 
 CONTAINERS = (2, 4, 8)
 BLOCKS = (16, 32, 64, 128, 256)
@@ -57,6 +72,22 @@ class Blocks:
         zero = spread(self.zero_point, self.block, width).astype(np.float32)
         return (self.codes.astype(np.float32) - zero) * spread(self.scale.astype(np.float32), self.block, width)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales, and of zero points where they are stored."""
+        zeros = self.zero_point.size if (self.zero_point != 1 << (self.bits - 1)).any() else 0
+        return (self.codes.size + zeros) * self.bits // 8 + self.scale.nbytes
+
+    def digests(self) -> list[str]:
+        """Return a hash of the codes, of the scales, and of the zero points where they are stored."""
+        import numpy as np
+
+        missing = self.scale.shape[1] * self.block - self.codes.shape[1]
+        arrays = [np.pad(self.codes, ((0, 0), (0, missing))), self.scale]
+        if (self.zero_point != 1 << (self.bits - 1)).any():
+            arrays.append(self.zero_point)
+        return [digest(array) for array in arrays]
+
     def with_scales_as(self, dtype: Any) -> Blocks:
         """Round the scales to a graph's dtype.
 
@@ -72,6 +103,13 @@ class Blocks:
         if not np.isfinite(scale).all() or ((scale == 0) & (self.scale != 0)).any():
             raise LlmoptError(f"a scale does not fit {np.dtype(dtype).name}", hint="export in float32")
         return Blocks(self.codes, scale, self.zero_point, self.bits, self.block)
+
+
+def digest(array: Array) -> str:
+    """Return a hash of the numbers of an array, whatever its shape."""
+    import numpy as np
+
+    return sha256(array.dtype.name.encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def container_bits(bits: int) -> int:
@@ -136,6 +174,11 @@ def pack_codes(blocks: Blocks) -> Array:
     count = blocks.scale.shape[1]
     padded = np.pad(blocks.codes, ((0, 0), (0, count * blocks.block - in_features)))
     return _pack(padded, blocks.bits).reshape(out_features, count, -1)
+
+
+def pack_rows(blocks: Blocks) -> Array:
+    """Return the codes as GatherBlockQuantized looks them up, uint8 (out, in * bits / 8); `in` fills whole bytes."""
+    return _pack(blocks.codes, blocks.bits)
 
 
 def unpack_codes(packed: Array, bits: int, in_features: int) -> Array:
