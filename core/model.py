@@ -189,6 +189,10 @@ class Block(Protocol):
         """How many batches the calibration samples make."""
         ...
 
+    def input(self, batch: int) -> Tensor:
+        """Return the hidden states that the block is called with on a calibration batch, (rows, tokens, hidden)."""
+        ...
+
     def output(self, batch: int, weights: Mapping[Linear, Tensor] | None = None) -> Tensor:
         """Return the block's output on a calibration batch, with all that was changed so far.
 

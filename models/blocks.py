@@ -16,7 +16,7 @@ from ..core.model import Linear, Product, Stage
 from ..core.quantized import QuantizedWeight
 from .handle import TorchModel
 from .producers import Part, Producer, linear_candidates, norm_candidates, same
-from .replay import Answer, Replay, distance
+from .replay import Answer, Replay, distance, hidden_of
 from .skeleton import BlockSite, Skeleton, View
 from .store import dequantize_into
 from .watch import CacheWatch, NormCall, Sighting, Unit, Watch, norm_calls, same_input
@@ -179,6 +179,10 @@ class LoadedBlock:
     def batches(self) -> int:
         """How many batches the calibration samples make."""
         return len(self._samples)
+
+    def input(self, batch: int) -> Tensor:
+        """Return the hidden states that the block is called with; see `core.model.Block`."""
+        return hidden_of(self._samples.call(self._site, batch))
 
     def output(self, batch: int, weights: Mapping[Linear, Tensor] | None = None) -> Tensor:
         """Return the block's output on a calibration batch; see `core.model.Block`."""

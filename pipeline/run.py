@@ -132,11 +132,12 @@ def _run_passes(
 ) -> tuple[TorchModel, list[PassResult]]:
     results: list[PassResult] = []
     for group in sweeps(passes):
-        if isinstance(group[0], BlockPass):
+        if isinstance(group[0], SurveyPass):
+            model, result = _survey(model, group[0], context, limits)
+            results.append(result)
+            context = replace(context, allocation={**context.allocation, **result.allocation})
+        elif isinstance(group[0], BlockPass):
             results += run_sweep(model, cast("list[BlockPass[Any]]", group), context.rows, context, limits)
-            if isinstance(group[0], SurveyPass):
-                results[-1].absorb(group[0].conclude(context))
-                context = replace(context, allocation={**context.allocation, **results[-1].allocation})
         else:
             changed, result = cast("ModelPass[Any]", group[0]).run(model, context)
             model = cast("TorchModel", changed)
@@ -145,6 +146,16 @@ def _run_passes(
             for note in result.notes:
                 context.reporter.note(f"{one.name}: {note}")
     return model, results
+
+
+def _survey(
+    model: TorchModel, survey: SurveyPass[Any], context: PassContext, limits: Limits
+) -> tuple[TorchModel, PassResult]:
+    survey.begin(model, context)
+    (result,) = run_sweep(model, [survey], context.rows, context, limits)
+    changed, concluded = survey.conclude(model, context)
+    result.absorb(concluded)
+    return cast("TorchModel", changed), result
 
 
 def _run_exports(
