@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -268,6 +268,35 @@ class ModelHandle(Protocol):
 
         Raises:
             UsageError: the residual stream of this architecture cannot be rotated; it says what stands in the way.
+        """
+        ...
+
+    def blocks(self) -> Sequence[Sequence[str]]:
+        """Return the repeated blocks of every stack, by `Block.name`: an encoder's before its decoder's."""
+        ...
+
+    def without_blocks(self, dropped: Collection[str], *, seed: int) -> ModelHandle:
+        """Return the model without some of its blocks, proven to answer as this one does with them left out.
+
+        Args:
+            dropped: names of blocks.
+            seed: of the token ids that the proof is made with.
+
+        Raises:
+            UsageError: nothing would be left of a stack, or a block would be of another kind in its new place.
+        """
+        ...
+
+    def loss_without(self, dropped: Collection[str], rows: Sequence[Sequence[int]], *, tokens: int = 2048) -> float:
+        """Return how well a language model predicts text while some of its blocks are left out.
+
+        Args:
+            dropped: names of blocks.
+            rows: token ids.
+            tokens: that run through a block at a time.
+
+        Returns:
+            Mean negative log-likelihood in nats a token.
         """
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -106,6 +106,22 @@ class TorchModel:
         from .rotation import rotate
 
         return rotate(self, residual, values, seed=seed, reporter=reporter)
+
+    def blocks(self) -> list[list[str]]:
+        """Return the blocks of every stack; see `core.model.ModelHandle`."""
+        return [[site.name for site in stack] for stack in self.skeleton().stacks]
+
+    def without_blocks(self, dropped: Collection[str], *, seed: int) -> TorchModel:
+        """Return the model without some of its blocks; see `core.model.ModelHandle`."""
+        from .depth import without_blocks
+
+        return without_blocks(self, dropped, seed=seed)
+
+    def loss_without(self, dropped: Collection[str], rows: Sequence[Sequence[int]], *, tokens: int = 2048) -> float:
+        """Return the loss of the model with some blocks left out; see `core.model.ModelHandle`."""
+        from .depth import loss_without
+
+        return loss_without(self, dropped, rows, tokens)
 
     def rewritten(
         self,

@@ -175,6 +175,10 @@ class Replay:
             outputs = self._skeleton.model(**batch, return_dict=True)
         return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
+    def batch(self, index: int) -> Batch:
+        """Return the model's inputs of a batch."""
+        return self._batches[index]
+
     def answers(self, index: int) -> dict[str, Tensor]:
         """Return what the model makes of a batch when every block is finished."""
         with _replaced(self._stubs(index)), torch.no_grad():

@@ -22,6 +22,7 @@ PASSES: Registry[Pass[Any]] = Registry(
         "fuse": "fuse:Fuse",
         "gptq": "gptq:Gptq",
         "hqq": "hqq:Hqq",
+        "prune-depth": "prune_depth:PruneDepth",
         "quantize-activations": "quantize_activations:QuantizeActivations",
         "quantize-dynamic": "quantize_dynamic:QuantizeDynamic",
         "quantize-kv": "quantize_kv:QuantizeKv",
