@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .facts import ModelFacts
 from .progress import Reporter
@@ -83,6 +83,49 @@ class RotationReport:
     block_difference: float
     logit_difference: float | None
     untied: str | None
+
+
+WidthKind = Literal["mlp", "heads", "hidden", "vocabulary"]
+"""What a model may lose some of: neurons of its MLPs, heads of keys and values with their queries, channels of the
+residual stream, tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSet:
+    """Units of which some may be taken away: the neurons of one MLP, the heads of one attention, or the whole stream.
+
+    Attributes:
+        name: tells it from others.
+        kind: what the units are.
+        size: the setting in config.json; sets of the same size must keep as many units.
+        units: how many there are.
+        readers: linear layers whose inputs they are; for each the input channels of a unit in each part of its input.
+            The parts lie one after another, and in each of them the units.
+    """
+
+    name: str
+    kind: WidthKind
+    size: str
+    units: int
+    readers: Mapping[str, tuple[int, ...]]
+
+
+class Channels(Protocol):
+    """The units that a model may lose, and how they lie in its weights."""
+
+    @property
+    def sets(self) -> Sequence[ChannelSet]:
+        """What units are chosen from."""
+        ...
+
+    def kept(self, model: Any, choice: Mapping[str, Sequence[int]]) -> Any:
+        """Return the model with no other units than those chosen.
+
+        Args:
+            model: the model that was asked for them, whose weights may have changed since.
+            choice: the units that stay, by set; sets that are not named stay whole, together with all of their size.
+        """
+        ...
 
 
 class Block(Protocol):
@@ -284,6 +327,18 @@ class ModelHandle(Protocol):
 
         Raises:
             UsageError: nothing would be left of a stack, or a block would be of another kind in its new place.
+        """
+        ...
+
+    def channels(self, kinds: Sequence[WidthKind], *, seed: int) -> Channels:
+        """Return the units of some kinds that the model may lose, proven to be what they seem.
+
+        Args:
+            kinds: which.
+            seed: of the token ids that the proof is made with.
+
+        Raises:
+            UsageError: a kind cannot be pruned in this architecture; it says what stands in the way.
         """
         ...
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..core.activations import QuantizedCache, QuantizedInput
 from ..core.errors import LlmoptError
 from ..core.facts import ModelFacts
-from ..core.model import Rotation, RotationReport
+from ..core.model import Channels, Rotation, RotationReport, WidthKind
 from ..core.progress import Reporter
 from ..core.quantized import Grid, QuantizedWeight
 from .checkpoint import Checkpoint
@@ -116,6 +116,12 @@ class TorchModel:
         from .depth import without_blocks
 
         return without_blocks(self, dropped, seed=seed)
+
+    def channels(self, kinds: Sequence[WidthKind], *, seed: int) -> Channels:
+        """Return the units that the model may lose; see `core.model.ModelHandle`."""
+        from .width import channels
+
+        return channels(self, kinds, seed=seed)
 
     def loss_without(self, dropped: Collection[str], rows: Sequence[Sequence[int]], *, tokens: int = 2048) -> float:
         """Return the loss of the model with some blocks left out; see `core.model.ModelHandle`."""

@@ -11,6 +11,7 @@ from msgspec import Meta
 from ..core.model import Block, Linear, Product, Stage
 from ..core.passes import Need, PassContext, PassResult, Skip
 from ..core.quantized import Grid
+from .products import in_parts
 from .weights import WeightParams, WeightPass, largest_weights
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Gptq(WeightPass[GptqParams]):
                 if (members := tuple(linear for linear in product.linears if linear in wanted))
             )
             if chosen:
-                for part in _parts(chosen, context.statistics_bytes):
+                for part in in_parts(chosen, context.statistics_bytes):
                     result.absorb(self._run_stage(block, part, context))
                 reached.update(linear for product in chosen for linear in product.linears)
         for linear in block.linears:
@@ -154,21 +155,6 @@ class Gptq(WeightPass[GptqParams]):
         if self.params.refits is not None:
             return self.params.refits
         return 2 if bits <= 3 else 1 if bits == 4 else 0
-
-
-def _parts(stage: Stage, nbytes: int) -> list[Stage]:
-    """Divide a stage so that the Hessians of a part take no more than `nbytes`, or are but one."""
-    parts: list[Stage] = []
-    left = 0
-    for product in stage:
-        size = 4 * product.in_features**2
-        if parts and size <= left:
-            parts[-1] = (*parts[-1], product)
-            left -= size
-        else:
-            parts.append((product,))
-            left = nbytes - size
-    return parts
 
 
 def _stacks(layers: Iterable[tuple[Grid, Linear]]) -> list[tuple[Grid, list[Linear]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..core.model import Block, Linear
+from ..core.model import Block, Linear, Stage
 from ..core.passes import Skip
 
 NO_PRODUCER = "nothing before it can take up a scale"
@@ -16,3 +16,18 @@ def unreached(block: Block, wanted: Iterable[Linear]) -> list[Skip]:
     reached = {linear for stage in block.stages() for product in stage for linear in product.linears}
     left = set(wanted) - reached
     return [Skip(linear.name, "the calibration samples never reach it") for linear in block.linears if linear in left]
+
+
+def in_parts(stage: Stage, nbytes: int) -> list[Stage]:
+    """Divide products so that the Hessians of a part take no more than `nbytes`, or are but one."""
+    parts: list[Stage] = []
+    left = 0
+    for product in stage:
+        size = 4 * product.in_features**2
+        if parts and size <= left:
+            parts[-1] = (*parts[-1], product)
+            left -= size
+        else:
+            parts.append((product,))
+            left = nbytes - size
+    return parts
