@@ -187,6 +187,14 @@ class Block(Protocol):
         """Replace the layer's weight, (out_features, in_features) float32, by another in floating point."""
         ...
 
+    def sparsify(self, linear: Linear, weight: Tensor) -> None:
+        """Replace the layer's weight by one whose zeros later passes must leave zeros; see `update`."""
+        ...
+
+    def mask(self, linear: Linear) -> Tensor | None:
+        """Return where a weight may be other than zero, (out_features, in_features) bool; None for a dense layer."""
+        ...
+
     def channels(self, product: Product) -> Tensor | None:
         """Return which channel of what makes the product's input each input channel comes from.
 

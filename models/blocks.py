@@ -47,6 +47,7 @@ class LoadedBlock:
     Attributes:
         results: the quantized layers.
         changed: floating-point checkpoint tensors that are different now.
+        sparse: the layers whose zeros stay.
         expert_tokens: how many calibration tokens came to each expert.
     """
 
@@ -62,6 +63,7 @@ class LoadedBlock:
         self.changed: dict[str, Callable[[], Tensor]] = {}
         self.inputs: dict[str, QuantizedInput] = {}
         self.caches: dict[str, QuantizedCache] = {}
+        self.sparse = {linear.name for linear in self._views if linear.name in model.store.sparse}
         self.expert_tokens: dict[Unit, int] = {}
         self._order_seen: list[Stage] | None = None
         self._norms: dict[Unit, list[tuple[str, nn.Module]]] = {}
@@ -138,6 +140,15 @@ class LoadedBlock:
         self._view(self._views[linear]).copy_(self._rounded(weight))
         self.results.pop(linear, None)
         self.changed[f"{linear.name}.weight"] = lambda: self._stored(linear)
+
+    def sparsify(self, linear: Linear, weight: Tensor) -> None:
+        """Replace the layer's weight by one whose zeros stay."""
+        self.update(linear, weight)
+        self.sparse.add(linear.name)
+
+    def mask(self, linear: Linear) -> Tensor | None:
+        """Return where a sparse layer's weight is not zero; see `core.model.Block`."""
+        return self._held(linear) != 0 if linear.name in self.sparse else None
 
     def channels(self, product: Product) -> Tensor | None:
         """Return the groups of input channels; see `core.model.Block`."""

@@ -145,7 +145,9 @@ class TorchModel:
         if side_files is not None:
             side_files(folder)
         location, checkpoint = replace(self.location, folder=folder), Checkpoint(folder)
-        return TorchModel.create(location, checkpoint, outline(location, checkpoint), folder / "work")
+        made = TorchModel.create(location, checkpoint, outline(location, checkpoint), folder / "work")
+        made.store.sparse |= self.store.sparse
+        return made
 
     def stored_dtype(self, name: str) -> str:
         """Return the dtype that checkpoint tensor `name` will be stored in."""

@@ -33,5 +33,6 @@ PASSES: Registry[Pass[Any]] = Registry(
         "rtn": "rtn:Rtn",
         "simplify": "simplify:Simplify",
         "smooth": "smooth:Smooth",
+        "sparsify": "sparsify:Sparsify",
     },
 )

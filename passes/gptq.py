@@ -11,7 +11,7 @@ from msgspec import Meta
 from ..core.model import Block, Linear, Product, Stage
 from ..core.passes import Need, PassContext, PassResult, Skip
 from ..core.quantized import Grid
-from .products import in_parts
+from .products import in_parts, stacked_mask
 from .weights import WeightParams, WeightPass, largest_weights
 
 if TYPE_CHECKING:
@@ -135,8 +135,10 @@ class Gptq(WeightPass[GptqParams]):
         for grid, group in _stacks((grid, linear) for linear, grid in grids):
             weight = torch.cat([block.weight(linear) for linear in group]) if len(group) > 1 else block.weight(group[0])
             prefits, refits = self.params.prefits, self._refits(grid.bits)
-            top = tops.get(group[0])
-            quantized, _ = gptq(weight, factor, grid, dtype, clip=clip, prefits=prefits, refits=refits, largest=top)
+            top, mask = tops.get(group[0]), stacked_mask(block, group)
+            quantized, _ = gptq(
+                weight, factor, grid, dtype, clip=clip, prefits=prefits, refits=refits, largest=top, mask=mask
+            )
             start = 0
             for linear in group:
                 block.quantize(linear, quantized.rows(start, start + linear.out_features))

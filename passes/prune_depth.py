@@ -55,7 +55,7 @@ class PruneDepth(SurveyPass[PruneDepthParams]):
     """
 
     name = "prune-depth"
-    not_after = frozenset({"allocate-bits"})
+    not_after = frozenset({"allocate-bits", "sparsify"})
     before_rounding = True
     Params = PruneDepthParams
 

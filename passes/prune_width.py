@@ -80,7 +80,7 @@ class PruneWidth(SurveyPass[PruneWidthParams]):
 
     name = "prune-width"
     needs = frozenset({Need.CALIBRATION})
-    not_after = frozenset({"allocate-bits"})
+    not_after = frozenset({"allocate-bits", "sparsify"})
     before_rounding = True
     Params = PruneWidthParams
 
