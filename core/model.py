@@ -350,6 +350,32 @@ class ModelHandle(Protocol):
         """
         ...
 
+    @property
+    def folder(self) -> Path:
+        """Where the files beside the weights lie: tokenizer, generation settings."""
+        ...
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens the embeddings have."""
+        ...
+
+    def with_vocabulary(
+        self, kept: Sequence[int], config: Mapping[str, Any], *, side_files: Callable[[Path], None], seed: int
+    ) -> ModelHandle:
+        """Return the model with fewer tokens, proven to answer as before for those that are left.
+
+        Args:
+            kept: the ids of the tokens that stay, in the order of their new ids.
+            config: what changes in config.json beside the number of tokens.
+            side_files: as for `rewritten`.
+            seed: of the token ids that the proof is made with.
+
+        Raises:
+            UsageError: the vocabulary of this architecture cannot be pruned; it says what stands in the way.
+        """
+        ...
+
     def loss_without(self, dropped: Collection[str], rows: Sequence[Sequence[int]], *, tokens: int = 2048) -> float:
         """Return how well a language model predicts text while some of its blocks are left out.
 

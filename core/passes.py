@@ -50,6 +50,7 @@ class PassResult:
         metrics: figures, each name ending in its unit (`layers_count`, `damping_max_ratio`).
         notes: sentences the user should read, such as a numerical trouble that was met.
         allocation: bits per weight by layer, for the pass that quantizes them later.
+        vocabulary: the tokens that are left, by their new ids, as the ids they had; None where ids did not change.
     """
 
     changed: list[str] = field(default_factory=list[str])
@@ -57,6 +58,7 @@ class PassResult:
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     notes: list[str] = field(default_factory=list[str])
     allocation: dict[str, int] = field(default_factory=dict[str, int])
+    vocabulary: list[int] | None = None
 
     def absorb(self, other: PassResult) -> None:
         """Add what the same pass did to a further block; metrics named `…_max_…` take the maximum, others add up."""

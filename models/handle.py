@@ -123,6 +123,24 @@ class TorchModel:
 
         return channels(self, kinds, seed=seed)
 
+    @property
+    def folder(self) -> Path:
+        """Where the files beside the weights lie."""
+        return self.location.folder
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens the embeddings have."""
+        return int(self.skeleton().config.get_text_config().vocab_size)
+
+    def with_vocabulary(
+        self, kept: Sequence[int], config: Mapping[str, Any], *, side_files: Callable[[Path], None], seed: int
+    ) -> TorchModel:
+        """Return the model with fewer tokens; see `core.model.ModelHandle`."""
+        from .vocabulary import with_vocabulary
+
+        return with_vocabulary(self, kept, config, side_files=side_files, seed=seed)
+
     def loss_without(self, dropped: Collection[str], rows: Sequence[Sequence[int]], *, tokens: int = 2048) -> float:
         """Return the loss of the model with some blocks left out; see `core.model.ModelHandle`."""
         from .depth import loss_without

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, product
+from itertools import chain, islice, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,9 +111,12 @@ def _repeats(skeleton: Skeleton) -> tuple[int, int]:
 
 def _axes(model: TorchModel, skeleton: Skeleton, size: Size) -> list[Axis]:
     """Return the axes that follow a size, each taken to be one part."""
-    before = {name: value.shape for name, value in skeleton.model.named_parameters()}
     tree = _tree(model, skeleton, size)
-    after = {name: value.shape for name, value in tree.named_parameters()}
+    before, after = (
+        {name: value.shape for name, value in chain(one.named_parameters(), one.named_buffers()) if name in stored}
+        for stored in [{name for name, _ in skeleton.model.named_parameters()} | set(skeleton.naming.of_target)]
+        for one in (skeleton.model, tree)
+    )
     if before.keys() != after.keys():
         raise _refusal(skeleton, size.kind, f"another `{size.name}` makes a model of other parameters")
     changed = [
@@ -175,6 +178,12 @@ def _group(skeleton: Skeleton, size: Size, name: str) -> str:
     return f"{site.name}:{size.name}" + (":{}" if experts else "")
 
 
+def _shape(skeleton: Skeleton, name: str) -> torch.Size:
+    path, _, leaf = name.rpartition(".")
+    module = skeleton.model.get_submodule(path)
+    return (module.get_parameter(leaf) if leaf in module._parameters else module.get_buffer(leaf)).shape
+
+
 def _layouts(axes: Sequence[Axis], heads: tuple[int, int] | None) -> Iterator[list[Axis]]:
     """Yield the ways in which the axes may be divided; alike parameters of all blocks are divided alike."""
     roles: dict[tuple[str, int, int], list[tuple[int, ...]]] = {}
@@ -217,7 +226,7 @@ def _channels(
     for view in (view for site in skeleton.sites for view in site.views):
         views.setdefault(view.parameter, []).append(view)
     for axis in axes:
-        shape = skeleton.parameter(axis.parameter).shape
+        shape = _shape(skeleton, axis.parameter)
         names = [axis.group]
         if "{}" in axis.group:
             names = [axis.group.format(expert) for expert in range(shape[0])]
@@ -248,7 +257,7 @@ def _tensor_cuts(skeleton: Skeleton, axis: Axis) -> Iterator[tuple[str, Cut]]:
         yield binding.sources[0][0], Cut(axis.axis, axis.group, axis, each="{}" in axis.group)
         return
     located = skeleton.naming.rows_of(names[0])
-    dimensions = skeleton.parameter(axis.parameter).ndim
+    dimensions = len(_shape(skeleton, axis.parameter))
     if located is None or axis.axis < dimensions - 2:
         raise LookupError(f"`{axis.parameter}` does not lie in the checkpoint row by row")
     for name, rows in located.items():

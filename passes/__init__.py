@@ -23,6 +23,7 @@ PASSES: Registry[Pass[Any]] = Registry(
         "gptq": "gptq:Gptq",
         "hqq": "hqq:Hqq",
         "prune-depth": "prune_depth:PruneDepth",
+        "prune-vocab": "prune_vocab:PruneVocab",
         "prune-width": "prune_width:PruneWidth",
         "quantize-activations": "quantize_activations:QuantizeActivations",
         "quantize-dynamic": "quantize_dynamic:QuantizeDynamic",
