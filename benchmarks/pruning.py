@@ -1,6 +1,6 @@
 """Pruning against its alternatives: which two layers, which neurons, which zeros.
 
-    python benchmarks/pruning.py MODEL --calibration FILE --data FILE [--limit N] [--json F]
+    python benchmarks/pruning.py [MODEL] --calibration FILE --data FILE [--limit N] [--json F]
 
 Every artifact is a real one: made by `llmopt run`, verified, and opened by transformers. Layers: every pair that a
 model can lose against the pair that Block Influence picks, and the one that the loss picks. Widths and zeros: what is
@@ -18,6 +18,7 @@ from typing import Any
 
 from llmopt.models.checkpoint import Checkpoint
 from llmopt.models.outline import block_lists, block_of
+from llmopt.pipeline.demo import bundled_model
 from machine import describe
 from quality import Bench, Run, differences, mean_and_error
 
@@ -70,9 +71,10 @@ def pairs_table(bench: Bench, blocks: int, runs: dict[str, Run]) -> None:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    bundled = bundled_model()
+    parser.add_argument("model", nargs="?", type=Path, default=bundled, help="the bundled one by default")
+    parser.add_argument("--calibration", type=Path, default=bundled / "calibration.txt")
+    parser.add_argument("--data", type=Path, default=bundled / "heldout.txt")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--limit", type=int, default=100)
