@@ -112,11 +112,7 @@ def _repeats(skeleton: Skeleton) -> tuple[int, int]:
 def _axes(model: TorchModel, skeleton: Skeleton, size: Size) -> list[Axis]:
     """Return the axes that follow a size, each taken to be one part."""
     tree = _tree(model, skeleton, size)
-    before, after = (
-        {name: value.shape for name, value in chain(one.named_parameters(), one.named_buffers()) if name in stored}
-        for stored in [{name for name, _ in skeleton.model.named_parameters()} | set(skeleton.naming.of_target)]
-        for one in (skeleton.model, tree)
-    )
+    before, after = _shapes(skeleton, skeleton.model), _shapes(skeleton, tree)
     if before.keys() != after.keys():
         raise _refusal(skeleton, size.kind, f"another `{size.name}` makes a model of other parameters")
     changed = [
@@ -176,6 +172,12 @@ def _group(skeleton: Skeleton, size: Size, name: str) -> str:
     several = skeleton.parameter(name).ndim == 3
     experts = ".experts." in name and (several or (skeleton.parameter(name).ndim == 2 and name.endswith("_bias")))
     return f"{site.name}:{size.name}" + (":{}" if experts else "")
+
+
+def _shapes(skeleton: Skeleton, tree: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of a tree's parameters, and of the buffers that the checkpoint holds."""
+    buffers = ((name, value) for name, value in tree.named_buffers() if name in skeleton.naming.of_target)
+    return {name: value.shape for name, value in chain(tree.named_parameters(), buffers)}
 
 
 def _shape(skeleton: Skeleton, name: str) -> torch.Size:
@@ -238,7 +240,7 @@ def _channels(
             if inward:
                 expert = None if view.rows is None else view.rows.expert
                 readers[axis.group.format(expert)][view.linear.name] = axis.parts
-        for name, cut in _tensor_cuts(skeleton, axis):
+        for name, cut in _tensor_cuts(skeleton, axis, kind):
             cuts.setdefault(name, []).append(cut)
     sets = tuple(
         ChannelSet(name=name, kind=kind, size=group_size[name], units=count, readers=readers[name])
@@ -247,7 +249,7 @@ def _channels(
     return Channels(sets, sizes, cuts, group_size)
 
 
-def _tensor_cuts(skeleton: Skeleton, axis: Axis) -> Iterator[tuple[str, Cut]]:
+def _tensor_cuts(skeleton: Skeleton, axis: Axis, kind: WidthKind) -> Iterator[tuple[str, Cut]]:
     """Yield what is cut of the checkpoint tensors that a parameter is made of."""
     names = [alias for alias in skeleton.aliases(axis.parameter) if alias in skeleton.naming.of_target]
     if not names:
@@ -259,7 +261,7 @@ def _tensor_cuts(skeleton: Skeleton, axis: Axis) -> Iterator[tuple[str, Cut]]:
     located = skeleton.naming.rows_of(names[0])
     dimensions = len(_shape(skeleton, axis.parameter))
     if located is None or axis.axis < dimensions - 2:
-        raise LookupError(f"`{axis.parameter}` does not lie in the checkpoint row by row")
+        raise _refusal(skeleton, kind, f"`{axis.parameter}` does not lie in the checkpoint row by row")
     for name, rows in located.items():
         group = axis.group.format(rows.expert)
         if axis.axis == dimensions - 1:
@@ -271,7 +273,7 @@ def _tensor_cuts(skeleton: Skeleton, axis: Axis) -> Iterator[tuple[str, Cut]]:
                 inside.append(width)
             start += axis.units * width
         if sum(inside) * axis.units != rows.stop - rows.start:
-            raise LookupError(f"`{name}` holds a part of a unit of `{axis.parameter}`")
+            raise _refusal(skeleton, kind, f"`{name}` holds a part of a unit of `{axis.parameter}`")
         yield name, Cut(0, group, Axis(axis.parameter, 0, group, axis.units, tuple(inside)))
 
 

@@ -83,6 +83,12 @@ class PruneDepth(SurveyPass[PruneDepthParams]):
             raise UsageError(
                 f"`{facts.source}` has one stack of blocks", where=f"{where}: stack {params.stack}", hint="leave it out"
             )
+        if len(stacks) > 1 and not facts.is_encoder_decoder:
+            raise UsageError(
+                f"`{facts.source}` has {len(stacks)} stacks of blocks",
+                where=f"{where}: {', '.join(stacks)}; it is no encoder-decoder, whose settings are told apart",
+                hint=f"leave `{self.name}` out",
+            )
         if params.layers and len(stacks) > 1:
             raise UsageError(
                 "these layers are of the encoder or of the decoder?", where=where, hint="say `stack: decoder`"

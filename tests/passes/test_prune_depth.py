@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import pytest
 import torch
 from families import FAMILIES, random_rows
@@ -9,6 +10,7 @@ from helpers import assert_near, build, open_model, recipe
 from llmopt.core.errors import UsageError
 from llmopt.core.passes import PassContext
 from llmopt.core.plan import Limits
+from llmopt.core.target import Target
 from llmopt.models.depth import config_without, leaving_out
 from llmopt.models.reference import streamed_outputs
 from llmopt.models.text import batches, proof_batches
@@ -272,3 +274,21 @@ def test_a_pattern_that_the_config_cannot_hold_is_refused(family, tmp_path):
         )
         == 2
     )
+
+
+def test_stacks_that_config_json_does_not_tell_apart_are_refused(family, tmp_path):
+    facts = open_model(deep(family, "llama"), tmp_path).facts
+    other = [msgspec.structs.replace(one, name=f"vision.{one.name}") for one in facts.linears]
+    both = msgspec.structs.replace(facts, linears=(*facts.linears, *other))
+    with pytest.raises(UsageError, match="has 2 stacks of blocks"):
+        PruneDepth(PruneDepthParams(drop=1)).check(both, Target.CPU)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_rotated_model_with_tied_embeddings_loses_blocks(dtype, family, tmp_path):
+    folder = family("qwen2", num_hidden_layers=3, dtype=dtype)
+    steps = [("rotate", {}), ("prune-depth", {"layers": [1]})]
+    manifest = build(recipe(folder, *steps), tmp_path / "out")
+    assert manifest.exports[0].verification.passed
+    assert config_of(tmp_path / "out")["num_hidden_layers"] == 2
+    assert config_of(tmp_path / "out")["tie_word_embeddings"] is False

@@ -285,3 +285,13 @@ def test_the_plan_knows_the_size(params, family, text, tmp_path):
     manifest = build(made, tmp_path / "out")
     written = sum(file.bytes for name, file in manifest.exports[0].files.items() if name.endswith(".safetensors"))
     assert plan.output_bytes == pytest.approx(written, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_floats_and_a_rotation_before(dtype, family, text, tmp_path):
+    folder = family("qwen2", dtype=dtype)
+    steps = [("rotate", {}), ("prune-width", {"mlp": "30%", "heads": 1, "hidden": "25%"}), ("rtn", {"group_size": 16})]
+    manifest = build(recipe(folder, *steps, data=text), tmp_path / "out")
+    assert manifest.exports[0].verification.passed
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["hidden_size"], config["num_key_value_heads"], config["dtype"]) == (48, 1, dtype)
