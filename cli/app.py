@@ -12,6 +12,7 @@ from .help import Command, paragraphs, section, width
 
 COMMANDS = {
     "quantize": "Quantize a model's weights and export it.",
+    "prune": "Take layers, neurons, heads, tokens or single weights out of a model and export it.",
     "optimize": "Make a model's graph fast and export it.",
     "export": "Export a model without changing its weights.",
     "run": "Run a recipe.",

@@ -40,6 +40,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         biased_norms: norms inside the blocks that have a bias: as a rule LayerNorms, which subtract the mean.
         has_tokenizer: whether a tokenizer lies beside the weights.
         config: config.json.
+        has_fast_tokenizer: whether it is a tokenizer.json.
     """
 
     source: str
@@ -55,6 +56,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     has_tokenizer: bool
     config: dict[str, Any]
     biased_norms: tuple[str, ...] = ()
+    has_fast_tokenizer: bool = False
 
     @property
     def is_causal_lm(self) -> bool:

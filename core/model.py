@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .facts import ModelFacts
 from .progress import Reporter
@@ -85,6 +85,49 @@ class RotationReport:
     untied: str | None
 
 
+WidthKind = Literal["mlp", "heads", "hidden", "vocabulary"]
+"""What a model may lose some of: neurons of its MLPs, heads of keys and values with their queries, channels of the
+residual stream, tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSet:
+    """Units of which some may be taken away: the neurons of one MLP, the heads of one attention, or the whole stream.
+
+    Attributes:
+        name: tells it from others.
+        kind: what the units are.
+        size: the setting in config.json; sets of the same size must keep as many units.
+        units: how many there are.
+        readers: linear layers whose inputs they are; for each the input channels of a unit in each part of its input.
+            The parts lie one after another, and in each of them the units.
+    """
+
+    name: str
+    kind: WidthKind
+    size: str
+    units: int
+    readers: Mapping[str, tuple[int, ...]]
+
+
+class Channels(Protocol):
+    """The units that a model may lose, and how they lie in its weights."""
+
+    @property
+    def sets(self) -> Sequence[ChannelSet]:
+        """What units are chosen from."""
+        ...
+
+    def kept(self, model: Any, choice: Mapping[str, Sequence[int]]) -> Any:
+        """Return the model with no other units than those chosen.
+
+        Args:
+            model: the model that was asked for them, whose weights may have changed since.
+            choice: the units that stay, by set; sets that are not named stay whole, together with all of their size.
+        """
+        ...
+
+
 class Block(Protocol):
     """One of the repeated blocks, its weights in memory as float32 for as long as it is worked on."""
 
@@ -144,6 +187,14 @@ class Block(Protocol):
         """Replace the layer's weight, (out_features, in_features) float32, by another in floating point."""
         ...
 
+    def sparsify(self, linear: Linear, weight: Tensor) -> None:
+        """Replace the layer's weight by one whose zeros later passes must leave zeros; see `update`."""
+        ...
+
+    def mask(self, linear: Linear) -> Tensor | None:
+        """Return where a weight may be other than zero, (out_features, in_features) bool; None for a dense layer."""
+        ...
+
     def channels(self, product: Product) -> Tensor | None:
         """Return which channel of what makes the product's input each input channel comes from.
 
@@ -187,6 +238,10 @@ class Block(Protocol):
     @property
     def batches(self) -> int:
         """How many batches the calibration samples make."""
+        ...
+
+    def input(self, batch: int) -> Tensor:
+        """Return the hidden states that the block is called with on a calibration batch, (rows, tokens, hidden)."""
         ...
 
     def output(self, batch: int, weights: Mapping[Linear, Tensor] | None = None) -> Tensor:
@@ -264,6 +319,73 @@ class ModelHandle(Protocol):
 
         Raises:
             UsageError: the residual stream of this architecture cannot be rotated; it says what stands in the way.
+        """
+        ...
+
+    def blocks(self) -> Sequence[Sequence[str]]:
+        """Return the repeated blocks of every stack, by `Block.name`: an encoder's before its decoder's."""
+        ...
+
+    def without_blocks(self, dropped: Collection[str], *, seed: int) -> ModelHandle:
+        """Return the model without some of its blocks, proven to answer as this one does with them left out.
+
+        Args:
+            dropped: names of blocks.
+            seed: of the token ids that the proof is made with.
+
+        Raises:
+            UsageError: nothing would be left of a stack, or a block would be of another kind in its new place.
+        """
+        ...
+
+    def channels(self, kinds: Sequence[WidthKind], *, seed: int) -> Channels:
+        """Return the units of some kinds that the model may lose, proven to be what they seem.
+
+        Args:
+            kinds: which.
+            seed: of the token ids that the proof is made with.
+
+        Raises:
+            UsageError: a kind cannot be pruned in this architecture; it says what stands in the way.
+        """
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """Where the files beside the weights lie: tokenizer, generation settings."""
+        ...
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens the embeddings have."""
+        ...
+
+    def with_vocabulary(
+        self, kept: Sequence[int], config: Mapping[str, Any], *, side_files: Callable[[Path], None], seed: int
+    ) -> ModelHandle:
+        """Return the model with fewer tokens, proven to answer as before for those that are left.
+
+        Args:
+            kept: the ids of the tokens that stay, in the order of their new ids.
+            config: what changes in config.json beside the number of tokens.
+            side_files: as for `rewritten`.
+            seed: of the token ids that the proof is made with.
+
+        Raises:
+            UsageError: the vocabulary of this architecture cannot be pruned; it says what stands in the way.
+        """
+        ...
+
+    def loss_without(self, dropped: Collection[str], rows: Sequence[Sequence[int]], *, tokens: int = 2048) -> float:
+        """Return how well a language model predicts text while some of its blocks are left out.
+
+        Args:
+            dropped: names of blocks.
+            rows: token ids.
+            tokens: that run through a block at a time.
+
+        Returns:
+            Mean negative log-likelihood in nats a token.
         """
         ...
 

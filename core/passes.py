@@ -50,6 +50,7 @@ class PassResult:
         metrics: figures, each name ending in its unit (`layers_count`, `damping_max_ratio`).
         notes: sentences the user should read, such as a numerical trouble that was met.
         allocation: bits per weight by layer, for the pass that quantizes them later.
+        vocabulary: the tokens that are left, by their new ids, as the ids they had; None where ids did not change.
     """
 
     changed: list[str] = field(default_factory=list[str])
@@ -57,6 +58,7 @@ class PassResult:
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     notes: list[str] = field(default_factory=list[str])
     allocation: dict[str, int] = field(default_factory=dict[str, int])
+    vocabulary: list[int] | None = None
 
     def absorb(self, other: PassResult) -> None:
         """Add what the same pass did to a further block; metrics named `…_max_…` take the maximum, others add up."""
@@ -197,7 +199,8 @@ class GraphPass(Pass[P]):
 class SurveyPass(BlockPass[P]):
     """A block pass that looks at every block before a later pass changes any: it has a sweep to itself.
 
-    `run_block` takes the measure of a block, `conclude` says at the end what follows for the whole model.
+    `begin` looks at the whole model, `run_block` takes the measure of a block, `conclude` draws at the end what follows
+    for the whole model: another model, or advice to later passes.
     """
 
     def prepare(self, later: Sequence[Pass[Any]]) -> None:
@@ -207,14 +210,21 @@ class SurveyPass(BlockPass[P]):
             UsageError: none of them can use what is found here.
         """
 
+    def begin(self, model: ModelHandle, context: PassContext) -> None:
+        """Look at the model before the sweep; what cannot work is refused here, before the sweep's time is spent."""
+
+    def conclude(self, model: ModelHandle, context: PassContext) -> tuple[ModelHandle, PassResult]:
+        """Return the model and what follows from all blocks together; it is added to what the sweep gave."""
+        raise NotImplementedError
+
+
+class AllocationPass(SurveyPass[P]):
+    """A survey that chooses the grids which a later pass puts layers on."""
+
     def candidates(self, name: str) -> Sequence[Grid]:
         """Return the grids that layer `name` may be put on by the later pass; none when it is left alone."""
         raise NotImplementedError
 
     def weight_bytes(self, facts: ModelFacts) -> int:
         """Return how many bytes the quantized layers will take at most, codes and scales."""
-        raise NotImplementedError
-
-    def conclude(self, context: PassContext) -> PassResult:
-        """Return what follows from all blocks together."""
         raise NotImplementedError

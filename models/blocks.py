@@ -16,7 +16,7 @@ from ..core.model import Linear, Product, Stage
 from ..core.quantized import QuantizedWeight
 from .handle import TorchModel
 from .producers import Part, Producer, linear_candidates, norm_candidates, same
-from .replay import Answer, Replay, distance
+from .replay import Answer, Replay, distance, hidden_of
 from .skeleton import BlockSite, Skeleton, View
 from .store import dequantize_into
 from .watch import CacheWatch, NormCall, Sighting, Unit, Watch, norm_calls, same_input
@@ -47,6 +47,7 @@ class LoadedBlock:
     Attributes:
         results: the quantized layers.
         changed: floating-point checkpoint tensors that are different now.
+        sparse: the layers whose zeros stay.
         expert_tokens: how many calibration tokens came to each expert.
     """
 
@@ -62,6 +63,7 @@ class LoadedBlock:
         self.changed: dict[str, Callable[[], Tensor]] = {}
         self.inputs: dict[str, QuantizedInput] = {}
         self.caches: dict[str, QuantizedCache] = {}
+        self.sparse = {linear.name for linear in self._views if linear.name in model.store.sparse}
         self.expert_tokens: dict[Unit, int] = {}
         self._order_seen: list[Stage] | None = None
         self._norms: dict[Unit, list[tuple[str, nn.Module]]] = {}
@@ -139,6 +141,15 @@ class LoadedBlock:
         self.results.pop(linear, None)
         self.changed[f"{linear.name}.weight"] = lambda: self._stored(linear)
 
+    def sparsify(self, linear: Linear, weight: Tensor) -> None:
+        """Replace the layer's weight by one whose zeros stay."""
+        self.update(linear, weight)
+        self.sparse.add(linear.name)
+
+    def mask(self, linear: Linear) -> Tensor | None:
+        """Return where a sparse layer's weight is not zero; see `core.model.Block`."""
+        return self._held(linear) != 0 if linear.name in self.sparse else None
+
     def channels(self, product: Product) -> Tensor | None:
         """Return the groups of input channels; see `core.model.Block`."""
         producer = self._producer(product)
@@ -179,6 +190,10 @@ class LoadedBlock:
     def batches(self) -> int:
         """How many batches the calibration samples make."""
         return len(self._samples)
+
+    def input(self, batch: int) -> Tensor:
+        """Return the hidden states that the block is called with; see `core.model.Block`."""
+        return hidden_of(self._samples.call(self._site, batch))
 
     def output(self, batch: int, weights: Mapping[Linear, Tensor] | None = None) -> Tensor:
         """Return the block's output on a calibration batch; see `core.model.Block`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..core.activations import QuantizedCache, QuantizedInput
 from ..core.errors import LlmoptError
 from ..core.facts import ModelFacts
-from ..core.model import Rotation, RotationReport
+from ..core.model import Channels, Rotation, RotationReport, WidthKind
 from ..core.progress import Reporter
 from ..core.quantized import Grid, QuantizedWeight
 from .checkpoint import Checkpoint
@@ -107,6 +107,46 @@ class TorchModel:
 
         return rotate(self, residual, values, seed=seed, reporter=reporter)
 
+    def blocks(self) -> list[list[str]]:
+        """Return the blocks of every stack; see `core.model.ModelHandle`."""
+        return [[site.name for site in stack] for stack in self.skeleton().stacks]
+
+    def without_blocks(self, dropped: Collection[str], *, seed: int) -> TorchModel:
+        """Return the model without some of its blocks; see `core.model.ModelHandle`."""
+        from .depth import without_blocks
+
+        return without_blocks(self, dropped, seed=seed)
+
+    def channels(self, kinds: Sequence[WidthKind], *, seed: int) -> Channels:
+        """Return the units that the model may lose; see `core.model.ModelHandle`."""
+        from .width import channels
+
+        return channels(self, kinds, seed=seed)
+
+    @property
+    def folder(self) -> Path:
+        """Where the files beside the weights lie."""
+        return self.location.folder
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens the embeddings have."""
+        return int(self.skeleton().config.get_text_config().vocab_size)
+
+    def with_vocabulary(
+        self, kept: Sequence[int], config: Mapping[str, Any], *, side_files: Callable[[Path], None], seed: int
+    ) -> TorchModel:
+        """Return the model with fewer tokens; see `core.model.ModelHandle`."""
+        from .vocabulary import with_vocabulary
+
+        return with_vocabulary(self, kept, config, side_files=side_files, seed=seed)
+
+    def loss_without(self, dropped: Collection[str], rows: Sequence[Sequence[int]], *, tokens: int = 2048) -> float:
+        """Return the loss of the model with some blocks left out; see `core.model.ModelHandle`."""
+        from .depth import loss_without
+
+        return loss_without(self, dropped, rows, tokens)
+
     def rewritten(
         self,
         tensors: Iterable[tuple[str, Tensor]],
@@ -123,7 +163,9 @@ class TorchModel:
         if side_files is not None:
             side_files(folder)
         location, checkpoint = replace(self.location, folder=folder), Checkpoint(folder)
-        return TorchModel.create(location, checkpoint, outline(location, checkpoint), folder / "work")
+        made = TorchModel.create(location, checkpoint, outline(location, checkpoint), folder / "work")
+        made.store.sparse |= self.store.sparse
+        return made
 
     def stored_dtype(self, name: str) -> str:
         """Return the dtype that checkpoint tensor `name` will be stored in."""

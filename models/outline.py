@@ -54,6 +54,7 @@ def outline(location: Location, checkpoint: Checkpoint) -> ModelFacts:
         has_tokenizer=has_tokenizer(location.folder),
         config=config,
         biased_norms=tuple(_biased_norms(tensors, stacks)),
+        has_fast_tokenizer=(location.folder / "tokenizer.json").is_file(),
     )
 
 

@@ -47,6 +47,13 @@ def distance(expected: Answer, got: Answer) -> float:
     return float(torch.stack(rows).mean())
 
 
+def hidden_of(call: Call) -> Tensor:
+    """Return the hidden states that a block is called with: the first tensor of numbers."""
+    return next(
+        value for value in (*call[0], *call[1].values()) if isinstance(value, Tensor) and value.is_floating_point()
+    )
+
+
 class Replay:
     """The calibration samples on their way through the blocks.
 
@@ -166,6 +173,16 @@ class Replay:
         later = [one for one in self._skeleton.sites if one.module not in stubs]
         with _replaced(list(stubs.items())), _in_turn(self._skeleton, later, read), torch.no_grad():
             outputs = self._skeleton.model(**batch, return_dict=True)
+        return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+
+    def batch(self, index: int) -> Batch:
+        """Return the model's inputs of a batch."""
+        return self._batches[index]
+
+    def answers(self, index: int) -> dict[str, Tensor]:
+        """Return what the model makes of a batch when every block is finished."""
+        with _replaced(self._stubs(index)), torch.no_grad():
+            outputs = self._skeleton.model(**self._batches[index], return_dict=True)
         return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
     def _rows_of(self, index: int, tokens: int) -> int:

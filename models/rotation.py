@@ -20,23 +20,18 @@ from ..core.model import Product, Rotation, RotationReport
 from ..core.progress import Reporter
 from .blocks import LoadedBlock, loaded
 from .ends import Ends, find_ends
-from .locate import context_length
 from .outside import outside_on_demand
 from .producers import Producer, same
-from .replay import Call, Replay
+from .replay import Call, Replay, hidden_of
 from .residual import Roles, block_roles, refusal
 from .skeleton import BlockSite, Skeleton
-from .text import batches, random_rows
+from .text import proof_batches
 from .turning import Turn, Turns, along
 
 if TYPE_CHECKING:
     from .handle import TorchModel
 
 Maker = Callable[[int], Rotation]
-
-_ROWS = 2
-_LENGTH = 16
-"""Random tokens that the proof is made with."""
 
 _EXACT = 1e-3
 """Largest difference of a block's update, computed in float32 with unrounded weights."""
@@ -84,7 +79,7 @@ class _Rotator:
         self._skeleton = skeleton
         self._residual = residual
         self._values = values
-        self._batches = _batches(skeleton, seed)
+        self._batches = proof_batches(skeleton, seed)
         self._replay = Replay(skeleton, self._batches)
         self._stream: Rotation | None = None
         self._heads: dict[int, Rotation] = {}
@@ -143,7 +138,7 @@ class _Rotator:
         assert self._residual is not None, "asked for"
         call = self._replay.call(site, 0)
         if self._stream is None:
-            self._first = _hidden(call)
+            self._first = hidden_of(call)
             self._stream = self._residual(self._first.shape[-1])
         skeleton = self._skeleton
         roles = block_roles(skeleton, site, lambda: _run(site, call), self._stream.width)
@@ -240,10 +235,10 @@ class _Rotator:
 
     def _prove(self, site: BlockSite, call: Call, made: Any, roles: Roles) -> None:
         """Compare the update of the turned block, its weights loaded, with the turned update."""
-        given, turned = _hidden(call), self._turned_call(call)
+        given, turned = hidden_of(call), self._turned_call(call)
         again = _states(_run(site, turned))
         expected = self._turned(_states(made).double() - given.double())
-        got = again.double() - _hidden(turned).double()
+        got = again.double() - hidden_of(turned).double()
         off = (got - expected).abs().amax(-1).flatten() / expected.abs().max().clamp_min(1e-30)
         mixture = any(view.rows is not None and view.rows.expert is not None for view in site.views)
         allowed = int(_STRAY * len(off)) if mixture else 0
@@ -266,7 +261,7 @@ class _Rotator:
         return states if self._stream is None else self._stream.turn(states)
 
     def _turned_call(self, call: Call) -> Call:
-        given = _hidden(call)
+        given = hidden_of(call)
         turned = self._turned(given).to(given.dtype)
         args = tuple(turned if value is given else value for value in call[0])
         return args, {key: turned if value is given else value for key, value in call[1].items()}
@@ -311,7 +306,7 @@ class _Rotator:
         replay = Replay(skeleton, self._batches)
         made = _with_states(self._last, lambda states: self._turned(states).to(states.dtype))
         with outside_on_demand(skeleton, model.read, keep=False):
-            begin = _hidden(replay.call(skeleton.sites[0], 0))
+            begin = hidden_of(replay.call(skeleton.sites[0], 0))
             got = replay.outputs(skeleton.sites[-1], 0, made, model.read)
         limit = max(_EXACT, _ROUNDINGS * torch.finfo(getattr(torch, model.facts.dtype)).eps)
         if (off := _difference(begin, self._turned(self._first))) > limit:
@@ -339,24 +334,11 @@ def _gain(block: LoadedBlock, product: Product, producer: Producer, turns: Turns
     return torch.where(gain.isfinite() & (gain > 0), gain, 1.0)
 
 
-def _batches(skeleton: Skeleton, seed: int) -> list[dict[str, Tensor]]:
-    length = min(_LENGTH, context_length(skeleton.config.to_dict()) or _LENGTH)
-    rows = random_rows(skeleton.config.get_text_config().vocab_size, rows=_ROWS, length=length, seed=seed)
-    return batches(rows, decoder=skeleton.has_decoder)
-
-
 def _stored_name(skeleton: Skeleton, parameter: str) -> str:
     name = skeleton.checkpoint_name(parameter)
     if name is None:
         raise refusal(skeleton, f"`{parameter}` is made of several tensors")
     return name
-
-
-def _hidden(call: Call) -> Tensor:
-    """Return the hidden states that a block is called with: the first tensor of numbers."""
-    return next(
-        value for value in (*call[0], *call[1].values()) if isinstance(value, Tensor) and value.is_floating_point()
-    )
 
 
 def _run(site: BlockSite, call: Call) -> Any:

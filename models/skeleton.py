@@ -31,7 +31,7 @@ from .rounding import round_activations_of
 from .tasks import architecture_for
 
 _SMALLEST = 16
-_CONFIG_ERRORS = (
+CONFIG_ERRORS = (
     ValueError,
     LookupError,
     TypeError,
@@ -165,6 +165,10 @@ class Skeleton:
         for name in names:
             self._set(name, torch.empty_like(self.parameter(name), device="meta"))
         trim()
+
+    def aliases(self, name: str) -> list[str]:
+        """Return the names of all parameters that are tied to parameter `name`, it among them."""
+        return self._aliases.get(name, [name])
 
     def canonical(self, name: str) -> str:
         """Return the name by which tied parameters are told apart from others: the first of their aliases."""
@@ -314,7 +318,7 @@ def load_config(location: Location) -> Any:
             return AutoConfig.from_pretrained(
                 location.folder, trust_remote_code=location.trust_remote_code, local_files_only=True
             )
-    except _CONFIG_ERRORS as error:
+    except CONFIG_ERRORS as error:
         if known:
             raise _no_model(location, error) from error
         first = str(error).strip().splitlines()[0]
@@ -376,7 +380,7 @@ def empty_model(config: Any, location: Location, checkpoint: Checkpoint) -> PreT
     try:
         with quiet(), init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
-    except _CONFIG_ERRORS as error:
+    except CONFIG_ERRORS as error:
         raise _no_model(location, error) from error
     if not any("pooler." in name for name in checkpoint.tensors):
         drop_pooler(model)

@@ -68,6 +68,7 @@ class WorkStore:
         changed: floating-point checkpoint tensors that are different now, and the file of each.
         transposed: the layers that the checkpoint stores as (in, out); a square matrix does not tell.
         inputs: the layers whose inputs are rounded, and how.
+        sparse: the layers whose zeros later passes leave zeros.
         caches: the attention modules whose keys and values are rounded, by module path, and how.
     """
 
@@ -81,6 +82,7 @@ class WorkStore:
         self.transposed: set[str] = set()
         self.inputs: dict[str, QuantizedInput] = {}
         self.caches: dict[str, QuantizedCache] = {}
+        self.sparse: set[str] = set()
 
     def put(
         self,

@@ -12,7 +12,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..core.errors import UsageError
-from .skeleton import quiet
+from .locate import context_length
+from .skeleton import Skeleton, quiet
+
+_PROOF_ROWS = 2
+_PROOF_LENGTH = 16
+"""Random tokens that two forms of one model are compared on."""
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -60,3 +65,11 @@ def random_rows(vocabulary: int, *, rows: int, length: int, seed: int) -> list[l
     """Return rows of random token ids, for comparing two forms of one model where no text is at hand."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocabulary, (rows, length), generator=generator).tolist()
+
+
+def proof_batches(skeleton: Skeleton, seed: int) -> list[dict[str, Tensor]]:
+    """Return the inputs on which two forms of one model must answer alike: a few random tokens."""
+    length = min(_PROOF_LENGTH, context_length(skeleton.config.to_dict()) or _PROOF_LENGTH)
+    vocabulary = skeleton.config.get_text_config().vocab_size
+    rows = random_rows(vocabulary, rows=_PROOF_ROWS, length=length, seed=seed)
+    return batches(rows, decoder=skeleton.has_decoder)

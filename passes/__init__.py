@@ -23,6 +23,9 @@ PASSES: Registry[Pass[Any]] = Registry(
         "fuse": "fuse:Fuse",
         "gptq": "gptq:Gptq",
         "hqq": "hqq:Hqq",
+        "prune-depth": "prune_depth:PruneDepth",
+        "prune-vocab": "prune_vocab:PruneVocab",
+        "prune-width": "prune_width:PruneWidth",
         "quantize-activations": "quantize_activations:QuantizeActivations",
         "quantize-dynamic": "quantize_dynamic:QuantizeDynamic",
         "quantize-kv": "quantize_kv:QuantizeKv",
@@ -33,5 +36,6 @@ PASSES: Registry[Pass[Any]] = Registry(
         "rtn": "rtn:Rtn",
         "simplify": "simplify:Simplify",
         "smooth": "smooth:Smooth",
+        "sparsify": "sparsify:Sparsify",
     },
 )

@@ -11,9 +11,9 @@ from msgspec import Meta
 
 from ..core.errors import UsageError
 from ..core.facts import LinearFacts, ModelFacts
-from ..core.model import Block, Linear, Stage
+from ..core.model import Block, Linear, ModelHandle, Stage
 from ..core.params import Params
-from ..core.passes import Need, Pass, PassContext, PassResult, SurveyPass
+from ..core.passes import AllocationPass, Need, Pass, PassContext, PassResult
 from ..core.quantized import BITS, Grid, QuantizedWeight
 from ..core.target import Target
 from .weights import WeightPass
@@ -64,7 +64,7 @@ class _Part:
     trial: dict[Linear, Tensor] = field(default_factory=dict[Any, Any])
 
 
-class AllocateBits(SurveyPass[AllocateBitsParams]):
+class AllocateBits(AllocationPass[AllocateBitsParams]):
     """Choose the bits of every layer so that the model fits a budget and loses least.
 
     Stands before the pass that quantizes, which then uses the chosen bits in place of its own; its group size and
@@ -175,8 +175,8 @@ class AllocateBits(SurveyPass[AllocateBitsParams]):
             self._parts.append((part.linears, list(options.values())))
         return result
 
-    def conclude(self, context: PassContext) -> PassResult:  # noqa: ARG002
-        """Solve for the best bits of all layers.
+    def conclude(self, model: ModelHandle, context: PassContext) -> tuple[ModelHandle, PassResult]:  # noqa: ARG002
+        """Solve for the best bits of all layers; the model stays as it is.
 
         Raises:
             UsageError: even the smallest choice takes more than the budget.
@@ -201,7 +201,7 @@ class AllocateBits(SurveyPass[AllocateBitsParams]):
         shares = ", ".join(f"{count} layers at {bits} bits" for bits, count in sorted(counts.items()))
         result.notes.append(f"{shares}: {result.metrics['weight_bits']:.3f} bits per weight, scales included")
         self._parts = []
-        return result
+        return model, result
 
     def _round(self, block: Block, stage: Stage, wanted: set[Linear], part: _Part, dtype: torch.dtype) -> None:
         """Round the layers of a stage to every width; note the errors of their products, keep one width for a trial."""

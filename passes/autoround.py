@@ -52,8 +52,9 @@ class Autoround(WeightPass[AutoroundParams]):
 
         dtype, clip = getattr(torch, block.dtype), self.params.clip == "mse"
         roundings = {
-            linear: Rounding(block.weight(linear), self.scheme(linear.name, context.allocation), dtype, clip=clip)
+            linear: Rounding(block.weight(linear), grid, dtype, clip=clip, mask=block.mask(linear))
             for linear in linears
+            for grid in [self.scheme(linear.name, context.allocation)]
         }
         if not roundings:
             return PassResult()

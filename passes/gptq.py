@@ -11,6 +11,7 @@ from msgspec import Meta
 from ..core.model import Block, Linear, Product, Stage
 from ..core.passes import Need, PassContext, PassResult, Skip
 from ..core.quantized import Grid
+from .products import in_parts, stacked_mask
 from .weights import WeightParams, WeightPass, largest_weights
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Gptq(WeightPass[GptqParams]):
                 if (members := tuple(linear for linear in product.linears if linear in wanted))
             )
             if chosen:
-                for part in _parts(chosen, context.statistics_bytes):
+                for part in in_parts(chosen, context.statistics_bytes):
                     result.absorb(self._run_stage(block, part, context))
                 reached.update(linear for product in chosen for linear in product.linears)
         for linear in block.linears:
@@ -134,8 +135,10 @@ class Gptq(WeightPass[GptqParams]):
         for grid, group in _stacks((grid, linear) for linear, grid in grids):
             weight = torch.cat([block.weight(linear) for linear in group]) if len(group) > 1 else block.weight(group[0])
             prefits, refits = self.params.prefits, self._refits(grid.bits)
-            top = tops.get(group[0])
-            quantized, _ = gptq(weight, factor, grid, dtype, clip=clip, prefits=prefits, refits=refits, largest=top)
+            top, mask = tops.get(group[0]), stacked_mask(block, group)
+            quantized, _ = gptq(
+                weight, factor, grid, dtype, clip=clip, prefits=prefits, refits=refits, largest=top, mask=mask
+            )
             start = 0
             for linear in group:
                 block.quantize(linear, quantized.rows(start, start + linear.out_features))
@@ -154,21 +157,6 @@ class Gptq(WeightPass[GptqParams]):
         if self.params.refits is not None:
             return self.params.refits
         return 2 if bits <= 3 else 1 if bits == 4 else 0
-
-
-def _parts(stage: Stage, nbytes: int) -> list[Stage]:
-    """Divide a stage so that the Hessians of a part take no more than `nbytes`, or are but one."""
-    parts: list[Stage] = []
-    left = 0
-    for product in stage:
-        size = 4 * product.in_features**2
-        if parts and size <= left:
-            parts[-1] = (*parts[-1], product)
-            left -= size
-        else:
-            parts.append((product,))
-            left = nbytes - size
-    return parts
 
 
 def _stacks(layers: Iterable[tuple[Grid, Linear]]) -> list[tuple[Grid, list[Linear]]]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from ..core.model import Block, Linear
+from ..core.model import Block, Linear, Stage
 from ..core.passes import Skip
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NO_PRODUCER = "nothing before it can take up a scale"
 NO_TOKEN = "no calibration token reaches it"  # noqa: S105  (no password)
@@ -16,3 +20,34 @@ def unreached(block: Block, wanted: Iterable[Linear]) -> list[Skip]:
     reached = {linear for stage in block.stages() for product in stage for linear in product.linears}
     left = set(wanted) - reached
     return [Skip(linear.name, "the calibration samples never reach it") for linear in block.linears if linear in left]
+
+
+def in_parts(stage: Stage, nbytes: int) -> list[Stage]:
+    """Divide products so that the Hessians of a part take no more than `nbytes`, or are but one."""
+    parts: list[Stage] = []
+    left = 0
+    for product in stage:
+        size = 4 * product.in_features**2
+        if parts and size <= left:
+            parts[-1] = (*parts[-1], product)
+            left -= size
+        else:
+            parts.append((product,))
+            left = nbytes - size
+    return parts
+
+
+def stacked_mask(block: Block, linears: Sequence[Linear]) -> Tensor | None:
+    """Return the masks of layers of one input, one above the other; None where none of them is sparse."""
+    import torch
+
+    masks = [block.mask(linear) for linear in linears]
+    if all(mask is None for mask in masks):
+        return None
+    shapes = [(linear.out_features, linear.in_features) for linear in linears]
+    return torch.cat(
+        [
+            torch.ones(shape, dtype=torch.bool) if mask is None else mask
+            for mask, shape in zip(masks, shapes, strict=True)
+        ]
+    )

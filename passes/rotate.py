@@ -44,8 +44,9 @@ class Rotate(ModelPass[RotateParams]):
     """
 
     name = "rotate"
-    # Scales that were moved before would be folded and mixed again, and layers measured before are others after it.
-    not_after = frozenset({"allocate-bits", "awq", "rotate", "smooth"})
+    # Scales that were moved before would be folded and mixed again, zeros would fill, and layers measured before are
+    # others after it.
+    not_after = frozenset({"allocate-bits", "awq", "rotate", "smooth", "sparsify"})
     before_rounding = True
     Params = RotateParams
 

@@ -10,7 +10,7 @@ import msgspec
 from ..core.activations import ActivationGrid, ActivationNumber
 from ..core.errors import UsageError
 from ..core.facts import LinearFacts, ModelFacts
-from ..core.passes import SurveyPass
+from ..core.passes import AllocationPass
 from ..core.quantized import Grid
 from .steps import AnyExporter, AnyPass
 
@@ -96,5 +96,5 @@ def quantized_layers(passes: Sequence[AnyPass], facts: ModelFacts) -> list[Linea
     return [linear for linear in facts.linears if any(one.grid_for(linear.name) is not None for one in passes)]
 
 
-def _survey(passes: Sequence[AnyPass]) -> SurveyPass[Any] | None:
-    return next((one for one in passes if isinstance(one, SurveyPass)), None)
+def _survey(passes: Sequence[AnyPass]) -> AllocationPass[Any] | None:
+    return next((one for one in passes if isinstance(one, AllocationPass)), None)

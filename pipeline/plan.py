@@ -9,7 +9,7 @@ import msgspec
 from ..core.errors import UsageError
 from ..core.facts import ModelFacts
 from ..core.params import in_words
-from ..core.passes import BlockPass, GraphPass, Need, SurveyPass
+from ..core.passes import AllocationPass, BlockPass, GraphPass, Need
 from ..core.plan import Plan, PlanStep
 from ..core.recipe import Recipe
 from ..core.target import Target
@@ -58,24 +58,24 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None) -> Plan:
             hint="start from the floating-point model",
         )
     target = _target(exporters)
+    outlines = [facts]
     for one in passes:
-        one.check(facts, target)
+        one.check(outlines[-1], target)
+        outlines.append(one.facts_after(outlines[-1]))
         if Need.CALIBRATION in one.requires() and not facts.has_tokenizer:
             raise UsageError(
                 f"`{facts.source}` has no tokenizer",
                 where=f"pass `{one.name}` reads calibration text",
                 hint="put tokenizer.json and tokenizer_config.json beside the weights, or use rtn",
             )
-    final = facts
-    for one in passes:
-        final = one.facts_after(final)
+    final = outlines[-1]
     check_exports(exporters, passes, final)
     memory = estimate(facts, passes, exporters, recipe.calibration, max_memory)
     return Plan(
         recipe=recipe,
         facts=facts,
-        steps=tuple(_steps(passes, exporters, facts, traced=location.graph is None)),
-        skips=tuple(_skips(passes, facts)),
+        steps=tuple(_steps(passes, exporters, outlines, traced=location.graph is None)),
+        skips=tuple(_skips(passes, final)),
         peak_bytes=memory.peak_bytes,
         output_bytes=sum(
             _size(exporter, passes, final) if location.graph is None else facts.bytes for exporter in exporters
@@ -107,16 +107,17 @@ def _target(exporters: Sequence[AnyExporter]) -> Target:
 
 
 def _steps(
-    passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], facts: ModelFacts, *, traced: bool
+    passes: Sequence[AnyPass], exporters: Sequence[AnyExporter], outlines: Sequence[ModelFacts], *, traced: bool
 ) -> list[PlanStep]:
+    """Return the steps; `outlines` are the model's before each pass, and after the last."""
     steps: list[PlanStep] = []
-    allocated = any(isinstance(one, SurveyPass) for one in passes)
+    allocated = any(isinstance(one, AllocationPass) for one in passes)
     for group in sweeps(passes):
         if traced and isinstance(group[0], GraphPass) and (not steps or steps[-1].kind != "graph"):
             steps.append(
                 PlanStep(kind="graph", title="to ONNX", detail="the model is traced; what follows works on its graph")
             )
-        kind = _kind(group[0])
+        kind, facts = _kind(group[0]), outlines[next(at for at, one in enumerate(passes) if one is group[0])]
         covers = f"{facts.blocks} blocks, {len(facts.linears)} layers: " if kind == "sweep" else ""
         title = " + ".join(one.name for one in group)
         words = "; ".join(_in_words(one, allocated=allocated) for one in group)

@@ -91,7 +91,9 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         else:
             model = TorchModel.create(location, checkpoint, plan.facts, stage.work)
             _warn_of_unused(model, reporter)
-            model, results = _run_passes(model, passes, context, plan.limits)
+            model, results, context = _run_passes(model, passes, context, plan.limits)
+            for result in results:
+                held_out = _renumbered(held_out, result)
             reference = make_reference(model, held_out, plan.recipe.seed, axes)
         records = [_pass_record(one, result) for one, result in zip(passes, results, strict=True)]
         exports = _run_exports(
@@ -129,22 +131,44 @@ def _run_passes(
     passes: Sequence[AnyPass],
     context: PassContext,
     limits: Limits,
-) -> tuple[TorchModel, list[PassResult]]:
+) -> tuple[TorchModel, list[PassResult], PassContext]:
+    """Return the model, what each pass did, and the context as they left it for the passes on graphs."""
     results: list[PassResult] = []
     for group in sweeps(passes):
-        if isinstance(group[0], BlockPass):
+        if isinstance(group[0], SurveyPass):
+            model, result = _survey(model, group[0], context, limits)
+            results.append(result)
+            context = replace(context, allocation={**context.allocation, **result.allocation})
+        elif isinstance(group[0], BlockPass):
             results += run_sweep(model, cast("list[BlockPass[Any]]", group), context.rows, context, limits)
-            if isinstance(group[0], SurveyPass):
-                results[-1].absorb(group[0].conclude(context))
-                context = replace(context, allocation={**context.allocation, **results[-1].allocation})
         else:
             changed, result = cast("ModelPass[Any]", group[0]).run(model, context)
             model = cast("TorchModel", changed)
             results.append(result)
+            context = replace(context, rows=_renumbered(context.rows, result))
         for one, result in zip(group, results[-len(group) :], strict=True):
             for note in result.notes:
                 context.reporter.note(f"{one.name}: {note}")
-    return model, results
+    return model, results, context
+
+
+def _renumbered(rows: Sequence[Sequence[int]], result: PassResult) -> list[list[int]]:
+    """Return rows in a pass's new ids; tokens that are gone are left out, and rows that have too few others."""
+    if result.vocabulary is None:
+        return [list(row) for row in rows]
+    places = {old: new for new, old in enumerate(result.vocabulary)}
+    found = [[places[token] for token in row if token in places] for row in rows]
+    return [row for row in found if len(row) > 1]
+
+
+def _survey(
+    model: TorchModel, survey: SurveyPass[Any], context: PassContext, limits: Limits
+) -> tuple[TorchModel, PassResult]:
+    survey.begin(model, context)
+    (result,) = run_sweep(model, [survey], context.rows, context, limits)
+    changed, concluded = survey.conclude(model, context)
+    result.absorb(concluded)
+    return cast("TorchModel", changed), result
 
 
 def _run_exports(

@@ -66,6 +66,7 @@ def run_sweep(
                     changed = {name: stored() for name, stored in block.changed.items()}
                     model.store.inputs.update(block.inputs)
                     model.store.caches.update(block.caches)
+                    model.store.sparse |= block.sparse
                     tokens += block.expert_tokens.values()
                     model.store.put(block.name, block.results, transposed=block.transposed, changed=changed)
                 step.advance(detail=site.name)

@@ -36,14 +36,18 @@ class Rounding:
         grid: bits, group size, symmetry.
         dtype: the dtype scales will be stored in; training sees scales and weights rounded to it.
         clip: begin with the ranges that have the least squared error instead of whole ones.
+        mask: (out_features, in_features) bool, False where the weight is zero and stays so.
 
     Attributes:
         parameters: offsets like the weight's groups, and shares of the low and high end of each group; leaves.
         moved: whether a gradient has ever reached it.
     """
 
-    def __init__(self, weight: Tensor, grid: Grid, dtype: torch.dtype, *, clip: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, grid: Grid, dtype: torch.dtype, *, clip: bool = False, mask: Tensor | None = None
+    ) -> None:
         self._groups = grouped(weight, grid)
+        self._mask = None if mask is None else grouped(mask, grid)
         self._shape, self._grid, self._dtype = weight.shape, grid, dtype
         self._low, self._high = self._groups.amin(-1), self._groups.amax(-1)
         if not grid.symmetric:
@@ -97,7 +101,8 @@ class Rounding:
             zero = torch.full_like(scale, self._grid.midpoint).unsqueeze(-1)
         else:
             zero = _straight(-low / scale, torch.round).clamp(0, top).unsqueeze(-1)
-        codes = _straight(self._groups / scale.unsqueeze(-1) + offset, torch.round) + zero
+        codes = _straight(self._groups / scale.unsqueeze(-1) + offset, torch.round)
+        codes = (codes if self._mask is None else codes * self._mask) + zero
         return codes.clamp(0, top), scale, zero
 
 

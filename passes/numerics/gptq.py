@@ -40,6 +40,7 @@ def gptq(
     prefits: int = 0,
     refits: int = 0,
     largest: float | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[QuantizedWeight, Tensor]:
     """Quantize a weight.
 
@@ -54,6 +55,7 @@ def gptq(
         refits: how often to fit the scales after it; before each further time the columns are rounded again, and each
             row keeps its best round.
         largest: the largest magnitude among the weights that share nvfp4's divisor; of this weight when None.
+        mask: (out_features, in_features) bool, False where the weight is zero and stays so; None for no such weights.
 
     Returns:
         The quantized weight, and each row's mean squared error over calibration tokens (damping included),
@@ -72,8 +74,9 @@ def gptq(
             fit_scales(part, grid, dtype, clip=clip, importance=importance, largest=largest),
             prefits,
             refits,
+            mask=allowed,
         )
-        for part in weight.split(rows)
+        for part, allowed in zip(weight.split(rows), _masks(mask, weight, rows), strict=True)
     ]
     codes, scales, errors = zip(*parts, strict=True)
     scale, zero = torch.cat([one.scale for one in scales]), torch.cat([one.zero for one in scales])
@@ -81,15 +84,19 @@ def gptq(
     return joined.weight(torch.cat(codes)), torch.cat(errors)
 
 
+def _masks(mask: Tensor | None, weight: Tensor, rows: int) -> Sequence[Tensor | None]:
+    return [None] * len(weight.split(rows)) if mask is None else mask.split(rows)
+
+
 def _quantize(
-    weight: Tensor, factor: Factor, scales: Scales, prefits: int, refits: int
+    weight: Tensor, factor: Factor, scales: Scales, prefits: int, refits: int, *, mask: Tensor | None
 ) -> tuple[Tensor, Scales, Tensor]:
     """Return levels, scales and the error of each row of a part of a weight."""
-    scales = _prefit(weight, factor, scales, prefits)
-    codes, errors = _sweep(weight, factor, scales)
+    scales = _prefit(weight, factor, scales, prefits, mask)
+    codes, errors = _sweep(weight, factor, scales, mask)
     for round_ in range(refits):
         if round_:
-            tried, tried_errors = _sweep(weight, factor, scales)
+            tried, tried_errors = _sweep(weight, factor, scales, mask)
             # One scale for the whole tensor: the rows stand or fall together.
             alone = scales.grid.group_size != "tensor"
             better = tried_errors < errors if alone else (tried_errors.sum() < errors.sum()).expand_as(errors)
@@ -100,7 +107,7 @@ def _quantize(
     return codes, scales, errors
 
 
-def _prefit(weight: Tensor, factor: Factor, scales: Scales, rounds: int) -> Scales:
+def _prefit(weight: Tensor, factor: Factor, scales: Scales, rounds: int, mask: Tensor | None) -> Scales:
     """Return the scales that fit the codes which each group gets by itself.
 
     Every group is rounded as if there were no others, in batches of at most `_COLUMNS` columns, and its scale is the
@@ -112,6 +119,7 @@ def _prefit(weight: Tensor, factor: Factor, scales: Scales, rounds: int) -> Scal
         factor: the factorized Hessian.
         scales: to begin with.
         rounds: how often to round and fit.
+        mask: as in `gptq`.
     """
     groups = scales.scale.shape[1]
     if not rounds:
@@ -121,7 +129,7 @@ def _prefit(weight: Tensor, factor: Factor, scales: Scales, rounds: int) -> Scal
     fitted = scales.scale.clone()
     for group, batches in enumerate(_batches(factor.order, columns).view(groups, -1, columns)):
         parts = [
-            (weight.T[batch], hessian, _unit_factor(hessian))
+            (weight.T[batch], hessian, _unit_factor(hessian), None if mask is None else mask.T[batch])
             for batch in batches
             for hessian in [factor.hessian[batch][:, batch]]
         ]
@@ -130,8 +138,9 @@ def _prefit(weight: Tensor, factor: Factor, scales: Scales, rounds: int) -> Scal
         for _ in range(rounds):
             scale = fitted[:, group].float()
             gain = curvature = torch.zeros(1)
-            for part, hessian, feedback in parts:
-                centred = _round_columns(part.clone(), part.clone(), feedback, [(scale, low, high)] * columns)
+            for part, hessian, feedback, allowed in parts:
+                same = [(scale, low, high)] * columns
+                centred = _round_columns(part.clone(), part.clone(), feedback, same, mask=allowed)
                 product = hessian @ centred
                 gain = gain + (product * part).sum(0)
                 curvature = curvature + product.mul_(centred).sum(0)
@@ -192,7 +201,7 @@ def _refit(weight: Tensor, codes: Tensor, scales: Scales, hessian: Tensor) -> tu
     return Scales(fitted, scales.zero, scales.grid), won
 
 
-def _sweep(weight: Tensor, factor: Factor, scales: Scales) -> tuple[Tensor, Tensor]:
+def _sweep(weight: Tensor, factor: Factor, scales: Scales, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round the columns of a weight in GPTQ's order.
 
     With R the residual weight - rounded and H = L Lᵀ, the error of the product is the sum of (R L)². Column r of R L is
@@ -218,7 +227,8 @@ def _sweep(weight: Tensor, factor: Factor, scales: Scales) -> tuple[Tensor, Tens
         target = torch.addmm(residual[batch], factor.feedback[stop:, batch].T, residual[stop:])
         feedback = factor.feedback[batch, batch]
         columns = [grids[group] for group in groups[batch].tolist()]
-        centred = _round_columns(residual[batch], target, feedback, columns, grid.number)
+        allowed = None if mask is None else mask.T[factor.order[batch]]
+        centred = _round_columns(residual[batch], target, feedback, columns, grid.number, mask=allowed)
         levels[factor.order[batch]] = centred.add_(zero.index_select(0, groups[batch])).to(levels.dtype)
         total += target.mul_(factor.pivots[batch].unsqueeze(1)).square_().sum(0)
     return levels.T.contiguous(), total
@@ -230,6 +240,8 @@ def _round_columns(
     feedback: Tensor,
     grids: Sequence[tuple[Tensor, Tensor, Tensor]],
     number: Number = "int",
+    *,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Round columns from the last to the first, each with the feedback of those after it.
 
@@ -239,6 +251,7 @@ def _round_columns(
         feedback: (columns, columns), lower triangular with ones on its diagonal.
         grids: of each column scale and least and largest centred code, (out_features,) or (1,).
         number: what the levels are; floating-point ones have their own least and largest.
+        mask: (columns, out_features) bool, False where the level is that of zero.
 
     Returns:
         The centred levels, (columns, out_features) float32.
@@ -255,6 +268,8 @@ def _round_columns(
             torch.clamp(code.round_(), low, high, out=code)
         else:
             code.copy_(nearest_number(code, number))
+        if mask is not None:
+            code.mul_(mask[index])
         rounded[index].addcmul_(code, scale, value=-1)
         left.addcmul_(code, scale, value=-1)
     return centred

@@ -62,7 +62,7 @@ def surveyed(folder, work, rows=None, **settings):
     one.check(model.facts, Target.CPU)
     run_sweep(model, [one], random_rows(8, 32) if rows is None else rows, PassContext())
     assert not model.quantized
-    result = one.conclude(PassContext())
+    _, result = one.conclude(None, PassContext())
     return model, result
 
 
@@ -206,7 +206,7 @@ def test_mixed_bits_lose_less_than_uniform_ones_of_that_size(family, tmp_path):
         context = PassContext()
         if allocated:
             run_sweep(model, [one], rows, context)
-            context = PassContext(allocation=one.conclude(context).allocation)
+            context = PassContext(allocation=one.conclude(None, context)[1].allocation)
         run_sweep(model, [quantizer], [], context)
         with torch.no_grad():
             errors.append(float((model.materialize()(**batch).logits - expected).square().mean()))
