@@ -211,6 +211,35 @@ class TorchModel:
         skeleton.compute_plainly()
         return skeleton.model.to(getattr(torch, dtype))
 
+    def with_parameters(self, read: Callable[[str], Tensor | None]) -> TorchModel:
+        """Return the model with other values in its parameters; see `core.model.ModelHandle`."""
+        return self.rewritten(self._checkpoint_of(read), {})
+
+    def _checkpoint_of(self, read: Callable[[str], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+        """Yield every checkpoint tensor, taken from the parameter that is made of it where `read` knows that one."""
+        skeleton = self.skeleton()
+        owners = {name: target for target, b in skeleton.naming.of_target.items() for name, _ in b.sources}
+        aliases: dict[int, list[str]] = {}
+        for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
+            aliases.setdefault(id(parameter), []).append(name)
+        names = {name: group for group in aliases.values() for name in group}
+        for name in self.checkpoint.tensors:
+            target = owners.get(name)
+            found = None if target is None else _first(read, names.get(target, [target]))
+            if found is None or target is None:
+                yield name, self.read(name)
+                continue
+            if skeleton.naming.of_target[target].converter is not None:
+                rows = (skeleton.naming.rows_of(target) or {}).get(name)
+                if rows is None:
+                    raise LlmoptError(
+                        f"`{target}` cannot be taken apart into the checkpoint's tensors",
+                        where=f"it is made of `{name}` and others",
+                        hint="this architecture cannot be trained yet",
+                    )
+                found = (found if rows.expert is None else found[rows.expert])[rows.start : rows.stop]
+            yield name, self._cast(name, found.reshape(self.checkpoint.tensors[name].shape))
+
     def save_side_files(self, directory: Path, *, config_changes: Mapping[str, Any] | None = None) -> None:
         """Write config.json (with changes), generation config, tokenizer, processor and sentence-transformers files."""
         self._write_config(directory, config_changes or {})
@@ -246,6 +275,10 @@ class TorchModel:
                 hint="use bfloat16, which has the range of float32",
             )
         return cast
+
+
+def _first(read: Callable[[str], Tensor | None], names: Iterable[str]) -> Tensor | None:
+    return next((found for name in names if (found := read(name)) is not None), None)
 
 
 def _load_buffers(skeleton: Skeleton, read: Any) -> None:

@@ -16,6 +16,7 @@ PASSES: Registry[Pass[Any]] = Registry(
         "awq": "awq:Awq",
         "cast": "cast:Cast",
         "convert-opset": "convert_opset:ConvertOpset",
+        "distill": "distill:Distill",
         "fix-shapes": "fix_shapes:FixShapes",
         "fold": "fold:Fold",
         "fold-norms": "fold_norms:FoldNorms",

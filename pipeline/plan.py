@@ -19,6 +19,7 @@ from ..models.onnx_file import graph_outline
 from ..models.outline import outline
 from ..models.tasks import check_task
 from .grids import check_exports, input_grid, packed_bytes, quantized_layers
+from .materials import check_materials
 from .memory import estimate
 from .steps import AnyExporter, AnyPass, check_graph_passes, check_graph_source, exporters_of, passes_of, sweeps
 
@@ -68,6 +69,8 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None) -> Plan:
             )
     final = facts
     for one in passes:
+        if location.graph is None:
+            check_materials(one, location, facts, final, recipe.calibration)
         final = one.facts_after(final)
     check_exports(exporters, passes, final)
     memory = estimate(facts, passes, exporters, recipe.calibration, max_memory)
