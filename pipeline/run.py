@@ -20,7 +20,7 @@ from ..core.exports import ExportContext, GraphExporter
 from ..core.manifest import MANIFEST, ExportRecord, FileRecord, Manifest, Parity, PassRecord
 from ..core.passes import BlockPass, GraphPass, ModelPass, PassContext, PassResult, SurveyPass
 from ..core.plan import Limits, Plan
-from ..core.processes import is_main, world_size
+from ..core.processes import is_main, left_alone, world_size
 from ..core.progress import Reporter, Silent
 from ..models.checkpoint import Checkpoint
 from ..models.handle import TorchModel
@@ -121,6 +121,12 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
 def _check_processes(passes: Sequence[AnyPass]) -> None:
     """Refuse several processes where there is no work to share, or work that would part after the first share."""
     shared = [one.name for one in passes if one.trains()]
+    if shared and left_alone():
+        raise UsageError(
+            "accelerate started a single process",
+            where="it was asked for several, and does so only for GPUs unless it is told otherwise",
+            hint="launch with `accelerate launch --multi_gpu …`, which starts them on CPUs too, or with torchrun",
+        )
     if world_size() > 1 and len(shared) != 1:
         raise UsageError(
             f"{world_size()} processes have nothing to share"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...core.errors import LlmoptError, UsageError
 from ...core.passes import PassResult
-from ...core.processes import is_main
+from ...core.processes import is_main, world_size
 from .logit_cache import LogitCache
 from .loop import Loop, Material, Settings
 from .order import Order
@@ -136,7 +136,16 @@ def _accelerator(params: DistillParams) -> Accelerator:
     # Where only inner states are compared, the head has no gradient, which several processes must be told of.
     unused = DistributedDataParallelKwargs(find_unused_parameters=bool(params.hidden or params.relation))
     precision = "bf16" if params.precision == "bfloat16" else "no"
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[unused])
+    # Told that there is no GPU, accelerate joins several processes through gloo; otherwise each would train alone.
+    alone = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=alone, mixed_precision=precision, kwargs_handlers=[unused])
+    if accelerator.num_processes != world_size():
+        raise LlmoptError(
+            f"{world_size()} processes were started, {accelerator.num_processes} train together",
+            where=f"pass `distill`: accelerate found {accelerator.distributed_type}",
+            hint="launch with `accelerate launch --multi_gpu` or torchrun, and see what `accelerate env` says",
+        )
+    return accelerator
 
 
 def _release(accelerator: Accelerator) -> None:
@@ -263,9 +272,9 @@ def _identity(
     if params.checkpoint is None and params.cache is None:
         return {}  # nothing is compared, so nothing needs to be read
     return {
-        "parameters": given,
-        "student": digest(model),
-        "teacher": None if teacher is None else digest(teacher),
+        **given,
+        "student_weights": digest(model),
+        "teacher_weights": None if teacher is None else digest(teacher),
         "text": text.sha256,
         "seed": seed,
         "processes": processes,
@@ -280,7 +289,7 @@ def _caches(
 ) -> tuple[LogitCache, LogitCache] | None:
     if params.cache is None:
         return None
-    asked = {key: identity[key] for key in ("teacher", "text", "seed")} | {"align_vocab": params.align_vocab}
+    asked = {key: identity[key] for key in ("teacher_weights", "text", "seed")} | {"align_vocab": params.align_vocab}
     folder, top, temperature = Path(params.cache), params.top_k, params.temperature
     made = [
         LogitCache(folder / name, asked, those, top=top, temperature=temperature)

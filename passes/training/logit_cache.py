@@ -87,7 +87,7 @@ def _claim(folder: Path, described: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _META
     if not path.exists():
-        if any(entry.suffix != ".json" for entry in folder.iterdir() if not entry.name.endswith(".bin")):
+        if any(folder.iterdir()):
             raise UsageError(
                 f"`{folder}` is no cache of a teacher's answers",
                 where="it holds other files",

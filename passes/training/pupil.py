@@ -101,15 +101,22 @@ class Pupil(nn.Module):
         if name == "lm":
             return next_token(made.logits, ids, mask) / counts.predicted
         if name == "cosine":
-            return cosine_distance(made.sentence_embedding, answers["embedding"]) / counts.texts
+            ours, theirs = made.sentence_embedding, answers["embedding"]
+            if ours.shape != theirs.shape:
+                raise UsageError(
+                    f"embeddings of {ours.shape[-1]} numbers cannot be compared with those of {theirs.shape[-1]}",
+                    where="pass `distill`, loss `cosine`",
+                    hint="use `hidden` or `relation`, which compare models of different width",
+                )
+            return cosine_distance(ours, theirs) / counts.texts
         if name == "relation":
             parts = [relation(answers[f"ours.{part}"], answers[part], mask, self._heads) for part in PARTS]
             return torch.stack(parts).mean() / counts.tokens
         errors: list[Tensor] = []
-        for ours, theirs in self._pairs:
-            state = answers[f"ours.state.{ours}"]
-            projected = self.projections[str(ours)](state) if len(self.projections) else state
-            errors.append(state_error(projected, answers[f"state.{theirs}"], mask))
+        for own, other in self._pairs:
+            state = answers[f"ours.state.{own}"]
+            projected = self.projections[str(own)](state) if len(self.projections) else state
+            errors.append(state_error(projected, answers[f"state.{other}"], mask))
         return torch.stack(errors).mean() / counts.tokens
 
     def _divergence(

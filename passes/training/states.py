@@ -65,7 +65,7 @@ class Keeper:
         self, work: Path, checkpoint: Path | None, identity: Mapping[str, Any], accelerator: Accelerator
     ) -> None:
         self._folder, self._checkpoint = checkpoint or work, checkpoint
-        self._identity, self._accelerator = dict(identity), accelerator
+        self._identity, self._accelerator = json.loads(json.dumps(identity)), accelerator
         if checkpoint is not None:
             _prepare(checkpoint)
 
