@@ -91,13 +91,14 @@ def load_rows(
     running = source.is_text and request.packing
     documents = (one for one in source.documents(tokenizer, running=running) if running or one.text.strip())
     encoded = encode(documents, tokenizer, length=None if request.packing else request.length)
-    digest, lengths = hashlib.sha256(), []
+    digest, lengths, keys = hashlib.sha256(), [], []
     with path.open("wb") as file:
         for row in _rows(encoded, request):
             data = np.array(row, dtype=np.int32).tobytes()
             digest.update(len(data).to_bytes(8, "little") + data)
             file.write(data)
             lengths.append(len(row))
+            keys.append(hash(data))
     if not lengths:
         raise LlmoptError(
             f"`{request.data}` holds too little text",
@@ -108,7 +109,9 @@ def load_rows(
     held = min(request.held_out, len(lengths) // _HELD_OUT_SHARE)
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)  # noqa: S311  which rows are held out is no secret
-    chosen, held_out = np.array(sorted(order[held:])), np.array(sorted(order[:held]), dtype=np.int64)
+    known = {keys[index] for index in order[:held]}  # data may hold a text twice
+    chosen = np.array(sorted(index for index in order[held:] if keys[index] not in known), dtype=np.int64)
+    held_out = np.array(sorted(order[:held]), dtype=np.int64)
     reporter.note(
         f"text: {len(chosen)} rows to learn from, {held} to measure with, {int(starts[-1])} tokens ({source.label})"
     )
