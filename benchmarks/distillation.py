@@ -4,8 +4,8 @@
     python benchmarks/distillation.py rounded MODEL --text FILE --data FILE --work DIR [--steps 150]
     python benchmarks/distillation.py encoder MODEL --text FILE --sentences CSV --work DIR [--steps 300]
 
-Students learn from FILE of `--text` and are measured on that of `--data`: windows of 255 tokens after a BOS. `depth` first
-tries every pair of layers on the text and removes the one that costs least; then the same steps are made with the
+Students learn from FILE of `--text` and are measured on that of `--data`: windows of 255 tokens after a BOS. `depth`
+first tries every pair of layers on the text and removes the one that costs least; then the same steps are made with the
 teacher's answers (kl) and with the text alone (lm). `encoder` keeps every other layer; `--sentences` holds pairs of
 sentences with a score, whose Spearman correlation with the cosine of their embeddings is measured. What lies in DIR
 already is not made again.
@@ -161,7 +161,8 @@ def encoder(args: argparse.Namespace) -> None:
     lines = args.work / "lines.txt"
     text = [line.strip() for line in args.text.read_text().splitlines() if len(line) > 80]
     pairs = [row for row in csv.reader(args.sentences.open(newline="")) if len(row) >= 3 and _is_number(row[2])]
-    lines.write_text("\n".join([*text, *(sentence for row in pairs for sentence in row[:2])]) + "\n")
+    learnt, pairs = pairs[::2], pairs[1::2]  # what is measured was not read
+    lines.write_text("\n".join([*text, *(sentence for row in learnt for sentence in row[:2])]) + "\n")
     learn = {
         "teacher": str(args.model),
         "data": str(lines),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..core.errors import UsageError
+from ..core.params import convert
+from ..core.passes import Need, Pass
 from ..core.recipe import ModelSpec, Recipe, Step
 from ..passes import PASSES
 from .build import DEFAULT_EXPORT, execute, exports
@@ -54,7 +58,7 @@ def command(
     given = options["distill"]
     if "data" not in given:
         raise UsageError("distill needs text", hint="name it with --data SPEC")
-    if "teacher" not in given and PASSES.load("distill").Params(**_lists(given)).losses_need_teacher:
+    if "teacher" not in given and Need.TEACHER in _built(given).requires():
         raise UsageError(
             "distill needs a teacher", hint="name it with --teacher MODEL, or learn from the text alone with --lm 1"
         )
@@ -67,5 +71,7 @@ def command(
     execute(recipe, output, screen, dry_run=dry_run, save_recipe=save_recipe, force=force, max_memory=max_memory)
 
 
-def _lists(given: dict[str, object]) -> dict[str, object]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+def _built(given: dict[str, Any]) -> Pass[Any]:
+    """Return the pass with the parameters that were given."""
+    kind = PASSES.load("distill")
+    return kind(convert(given, kind.Params, where="distill"))

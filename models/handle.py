@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.activations import QuantizedCache, QuantizedInput
-from ..core.errors import LlmoptError
+from ..core.errors import LlmoptError, UsageError
 from ..core.facts import ModelFacts
-from ..core.model import Rotation, RotationReport
+from ..core.model import Linear, Rotation, RotationReport
 from ..core.progress import Reporter
 from ..core.quantized import Grid, QuantizedWeight
 from .checkpoint import Checkpoint
@@ -211,9 +211,38 @@ class TorchModel:
         skeleton.compute_plainly()
         return skeleton.model.to(getattr(torch, dtype))
 
-    def with_parameters(self, read: Callable[[str], Tensor | None]) -> TorchModel:
+    def quantized_parameters(self) -> dict[str, str]:
+        """Return the quantized layers by parameter; see `core.model.ModelHandle`."""
+        naming = self.skeleton().naming
+        found: dict[str, str] = {}
+        for layer in self.quantized:
+            target = next((name for name, b in naming.of_target.items() if b.sources[0][0] == f"{layer}.weight"), None)
+            if target is None or naming.of_target[target].converter is not None:
+                raise UsageError(
+                    f"`{layer}` is only a part of one of the model's parameters",
+                    where=f"architecture {self.facts.architecture}",
+                    hint="let the model learn before the pass that rounds",
+                )
+            found[target] = layer
+        return found
+
+    def stored_transposed(self, name: str) -> bool:
+        """Return whether the checkpoint holds quantized layer `name` as (in, out)."""
+        return name in self.store.transposed
+
+    def with_parameters(
+        self, read: Callable[[str], Tensor | None], *, quantized: Callable[[str], QuantizedWeight] | None = None
+    ) -> TorchModel:
         """Return the model with other values in its parameters; see `core.model.ModelHandle`."""
-        return self.rewritten(self._checkpoint_of(read), {})
+        made = self.rewritten(self._checkpoint_of(read), {})
+        if quantized is None:
+            return made
+        for layer in self.quantized:
+            weight = quantized(layer)
+            linear = Linear(layer, *weight.shape)
+            turned = {linear} if self.stored_transposed(layer) else set[Linear]()
+            made.store.put(layer, {linear: weight}, transposed=turned)
+        return made
 
     def _checkpoint_of(self, read: Callable[[str], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
         """Yield every checkpoint tensor, taken from the parameter that is made of it where `read` knows that one."""

@@ -124,6 +124,9 @@ class DistillParams(Params, frozen=True, kw_only=True):
     lora_targets: Annotated[
         tuple[str, ...], Meta(description="Layers that get adapters, by the end of their name; all when none is named.")
     ] = ()
+    learn_scales: Annotated[
+        bool, Meta(description="Of a quantized student let the scales learn too, not only the codes.")
+    ] = True
     cache: Annotated[
         str | None,
         Meta(description="A folder for the teacher's answers, computed once, in half precision, also for later runs."),
@@ -157,14 +160,15 @@ class Distill(ModelPass[DistillParams]):
     """Let the model learn from its teacher: win back what earlier passes took (Hinton et al., 2015).
 
     The student is the model as the passes before this one left it, the teacher the model before them, or one that is
-    named. The whole runs through accelerate: `accelerate launch -m llmopt …` with the same arguments trains on several
-    processes and machines, sharded as its configuration says. Dropout is off. The state with the least loss on held-out
-    rows is the result; if none is better than the untrained student, that one stays.
+    named. Layers that an earlier pass quantized learn on their grids, straight through rounding: what is trained is
+    what is exported. The whole runs through accelerate: `accelerate launch --multi_gpu -m llmopt …` with the same
+    arguments trains on several processes and machines. Dropout is off. The state with the least loss on held-out rows
+    is the result; if none is better than the untrained student, that one stays.
     """
 
     name = "distill"
-    not_after = frozenset({"allocate-bits"})
-    before_rounding = True
+    # Learning does not see activations rounded, and would make another model than the one that was calibrated.
+    not_after = frozenset({"quantize-activations", "quantize-kv"})
     Params = DistillParams
 
     def requires(self) -> frozenset[Need]:

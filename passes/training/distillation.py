@@ -15,6 +15,7 @@ from ...core.passes import PassResult
 from ...core.processes import is_main, world_size
 from .logit_cache import LogitCache
 from .loop import Loop, Material, Settings
+from .on_grid import learnt_weight, put_on_grids
 from .order import Order
 from .pupil import Pupil
 from .states import Keeper, Progress, digest, read_state
@@ -59,6 +60,13 @@ def _distill(
     facts = model.facts
     losses = frozenset(params.losses(facts))
     result = PassResult()
+    on_grid = len(model.quantized_parameters())
+    if on_grid and params.lora_rank:
+        raise UsageError(
+            "adapters cannot be merged into a quantized student",
+            where=f"pass `distill`: {on_grid} layers lie on grids, and would leave them",
+            hint="leave lora_rank out: the weights themselves learn on their grids",
+        )
     ids, shared = _shared_tokens(params, context, result)
     rows = _known_rows(text.rows, ids, result, "rows")
     held_out = _known_rows(text.held_out, ids, result, "held-out rows")
@@ -124,8 +132,13 @@ def _distill(
         raise LlmoptError(
             f"`{best}` is missing", where="pass `distill`", hint="remove the checkpoint's folder; the run starts anew"
         )
-    made = model.with_parameters(_merged(model, params, best) if params.lora_rank else read_state(best).get)
+    state = read_state(best)
+    if params.lora_rank:
+        made = model.with_parameters(_merged(model, params, state))
+    else:
+        made = model.with_parameters(state.get, quantized=learnt_weight(model, state) if on_grid else None)
     result.changed = [name for name in made.tensor_specs() if not torch.equal(made.read(name), model.read(name))]
+    result.metrics["on_grid_count"] = on_grid
     return made, result
 
 
@@ -164,6 +177,7 @@ def _student(model: ModelHandle, params: DistillParams) -> nn.Module:
         student = with_adapters(student, params)
     else:
         student.requires_grad_(True)
+        put_on_grids(student, model, scales=params.learn_scales)
     if params.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student.train()  # otherwise transformers does without
@@ -199,10 +213,9 @@ def with_adapters(student: Any, params: DistillParams) -> Any:
         ) from None
 
 
-def _merged(model: ModelHandle, params: DistillParams, best: Path) -> Any:
+def _merged(model: ModelHandle, params: DistillParams, state: dict[str, Tensor]) -> Any:
     """Return what gives the student's parameters with the learnt adapters merged into them."""
     student = with_adapters(model.materialize(), params)
-    state = read_state(best)
     missing = set(state) - {name for name, _ in student.named_parameters()}
     assert not missing, missing
     student.load_state_dict(state, strict=False)

@@ -366,10 +366,10 @@ class TestRefusals:
     def test_rows_longer_than_the_context(self, family, text):
         assert "longer than the context" in self.refused(family("llama"), text, length=129)
 
-    def test_an_order_that_would_undo_a_grid(self, family, text):
-        made = recipe(family("llama"), ("rtn", {"bits": 4, "group_size": 32}), ("distill", {"data": str(text)}))
-        with pytest.raises(UsageError, match="cannot come after `rtn`"):
-            make_plan(made)
+    def test_rounded_activations_are_not_learnt_with(self, family, text):
+        rounding = ("rtn", {"bits": 8, "group_size": "channel"}), ("quantize-activations", {"number": "int8"})
+        with pytest.raises(UsageError, match="cannot come after `quantize-activations`"):
+            make_plan(recipe(family("llama"), *rounding, ("distill", {"data": str(text)})))
 
     def test_less_than_a_batch(self, student, family, tmp_path):
         path = tmp_path / "short.txt"
