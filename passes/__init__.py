@@ -23,6 +23,7 @@ PASSES: Registry[Pass[Any]] = Registry(
         "fuse": "fuse:Fuse",
         "gptq": "gptq:Gptq",
         "hqq": "hqq:Hqq",
+        "merge-adapter": "merge_adapter:MergeAdapter",
         "quantize-activations": "quantize_activations:QuantizeActivations",
         "quantize-dynamic": "quantize_dynamic:QuantizeDynamic",
         "quantize-kv": "quantize_kv:QuantizeKv",

@@ -2,8 +2,8 @@
 
 The forward pass computes with codes and scales exactly as they are dequantized; the gradient passes straight through
 rounding (Bengio, Léonard and Courville, 2013, "Estimating or Propagating Gradients Through Stochastic Neurons"), also
-to the scales (Esser et al., 2020, "Learned Step Size Quantization"). A scale is learnt as a factor of what it was, so that
-one learning rate suits scales of any size.
+to the scales (Esser et al., 2020, "Learned Step Size Quantization"). A scale is learnt as a factor of what it was, so
+that one learning rate suits scales of any size.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ def test_a_student_learns_and_is_exported_as_it_learnt(family, text, tmp_path, n
 def test_scales_may_stay(family, text, tmp_path):
     from safetensors.torch import load_file
 
-    rtn = ("rtn", {"bits": 2, "group_size": 32})
-    learn = ("distill", {"data": str(text), **LEARN, "learn_scales": False, "learning_rate": 0.03})
+    rtn = ("rtn", {"bits": 4, "group_size": 32})
+    learn = ("distill", {"data": str(text), **LEARN, "learn_scales": False, "steps": 40})
     build(recipe(family("llama"), rtn), tmp_path / "before")
     build(recipe(family("llama"), rtn, learn), tmp_path / "after")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
