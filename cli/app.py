@@ -14,6 +14,7 @@ COMMANDS = {
     "quantize": "Quantize a model's weights and export it.",
     "optimize": "Make a model's graph fast on a CPU and export it.",
     "distill": "Let a model learn from a teacher and export it.",
+    "adapt": "Merge adapters into a model, or extract one from two models.",
     "export": "Export a model without changing its weights.",
     "run": "Run a recipe.",
     "plan": "Show what a recipe will do, and refuse what cannot work.",

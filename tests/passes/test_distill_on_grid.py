@@ -65,6 +65,22 @@ def test_gradients_pass_straight_through_and_stop_outside_the_range():
     assert grid.factor.grad is not None
 
 
+def test_codes_learn():
+    target = weight()
+    start = round_to_nearest(-target, Grid(bits=4, group_size=16, symmetric=False), torch.float32)
+    grid, latent = OnGrid(start, transposed=False, scales=False), start.dequantize().requires_grad_()
+    optimizer = torch.optim.Adam([latent], lr=3e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (grid(latent) - target).square().mean().backward()
+        optimizer.step()
+    best = round_to_nearest(target, Grid(bits=4, group_size=16, symmetric=False), torch.float32)
+    reached = float((grid.quantized(latent).dequantize() - target).square().mean())
+    assert not torch.equal(grid.quantized(latent).codes, start.codes)
+    assert reached < 0.2 * float((start.dequantize() - target).square().mean())
+    assert reached < 30 * float((best.dequantize() - target).square().mean())
+
+
 def kl_of(artifact, teacher, rows):
     models = [
         transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -100,7 +116,8 @@ def test_scales_may_stay(family, text, tmp_path):
     from safetensors.torch import load_file
 
     rtn = ("rtn", {"bits": 4, "group_size": 32})
-    learn = ("distill", {"data": str(text), **LEARN, "learn_scales": False, "steps": 40})
+    other = str(family("llama", num_hidden_layers=3))  # there is much to learn from it
+    learn = ("distill", {"data": str(text), "teacher": other, **LEARN, "learn_scales": False, "steps": 40})
     build(recipe(family("llama"), rtn), tmp_path / "before")
     build(recipe(family("llama"), rtn, learn), tmp_path / "after")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
