@@ -13,6 +13,8 @@ from .help import Command, paragraphs, section, width
 COMMANDS = {
     "quantize": "Quantize a model's weights and export it.",
     "prune": "Take layers, neurons, heads, tokens or single weights out of a model and export it.",
+    "distill": "Let a model learn from a teacher and export it.",
+    "adapt": "Merge adapters into a model, or extract one from two models.",
     "optimize": "Make a model's graph fast and export it.",
     "export": "Export a model without changing its weights.",
     "run": "Run a recipe.",

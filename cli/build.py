@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UsageError, nearest
+from ..core.processes import is_main
 from ..core.recipe import Recipe, Step
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def execute(
     from ..pipeline.run import run_plan
 
     manifest = run_plan(plan, output, force=force, reporter=screen.reporter)
+    if not is_main():
+        return
     import msgspec
 
     document = {"directory": str(output), **msgspec.to_builtins(manifest)}

@@ -17,7 +17,7 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pass did; `allocation` are the bits that it chose for layers."""
+    """What a pass did; `allocation` are the bits that it chose for layers, `curve` what it measured as it learnt."""
 
     name: str
     params: dict[str, Any]
@@ -26,6 +26,7 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float]
     notes: list[str]
     allocation: dict[str, int] = {}
+    curve: list[dict[str, float]] = []
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True):

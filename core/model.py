@@ -417,6 +417,42 @@ class ModelHandle(Protocol):
         """
         ...
 
+    def materialize(self, dtype: str = "float32") -> Any:
+        """Return the whole model in memory as a transformers model in eval mode, no parameter asking for gradients."""
+        ...
+
+    def quantized_parameters(self) -> Mapping[str, str]:
+        """Return the quantized layers by the parameter of `materialize()` that each of them is.
+
+        Raises:
+            UsageError: a quantized layer is only a part of a parameter.
+        """
+        ...
+
+    def quantized_weight(self, name: str) -> QuantizedWeight:
+        """Return a quantized layer."""
+        ...
+
+    def stored_transposed(self, name: str) -> bool:
+        """Return whether the checkpoint, and the parameter, hold quantized layer `name` as (in, out)."""
+        ...
+
+    def with_parameters(
+        self, read: Callable[[str], Tensor | None], *, quantized: Callable[[str], QuantizedWeight] | None = None
+    ) -> ModelHandle:
+        """Return the model with other values in its parameters, written to disk as by `rewritten`.
+
+        Args:
+            quantized: gives the new weight of a quantized layer by its name; needed where there are such layers.
+            read: gives the value of a parameter of `materialize()` by its name, None for one that stays as it is;
+                rounded to the dtype in which the checkpoint stores it. Asked for one at a time.
+
+        Raises:
+            LlmoptError: a parameter is made of several checkpoint tensors in a way that cannot be undone, or a value
+                does not fit into its dtype.
+        """
+        ...
+
     def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         """Yield every weight once, under its checkpoint name (a quantized one without `.weight`), block by block."""
         ...

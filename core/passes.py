@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
@@ -21,6 +22,7 @@ from .patterns import matches
 from .progress import Reporter, Silent
 from .quantized import Grid
 from .target import Target
+from .text import TextRequest, TextRows
 
 P = TypeVar("P", bound=Params)
 
@@ -51,6 +53,7 @@ class PassResult:
         notes: sentences the user should read, such as a numerical trouble that was met.
         allocation: bits per weight by layer, for the pass that quantizes them later.
         vocabulary: the tokens that are left, by their new ids, as the ids they had; None where ids did not change.
+        curve: points of what was measured while the pass learnt, each with its `step`.
     """
 
     changed: list[str] = field(default_factory=list[str])
@@ -59,6 +62,7 @@ class PassResult:
     notes: list[str] = field(default_factory=list[str])
     allocation: dict[str, int] = field(default_factory=dict[str, int])
     vocabulary: list[int] | None = None
+    curve: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
 
     def absorb(self, other: PassResult) -> None:
         """Add what the same pass did to a further block; metrics named `…_max_…` take the maximum, others add up."""
@@ -66,6 +70,7 @@ class PassResult:
         self.skipped += other.skipped
         self.notes += other.notes
         self.allocation.update(other.allocation)
+        self.curve += other.curve
         for name, value in other.metrics.items():
             known = self.metrics.get(name)
             if known is None:
@@ -85,6 +90,11 @@ class PassContext:
         allocation: bits per weight by layer, as an earlier pass chose them.
         statistics_bytes: what is gathered of a mixture's experts takes at most this much at a time.
         rows: calibration samples as token ids, for a pass that takes the whole model; empty where none were asked for.
+        teacher: the model to learn from, for a pass that needs `Need.TEACHER`.
+        teacher_ids: for each token id of the model the one that the teacher has for the same string, -1 where it has
+            none; None where both have the same vocabulary.
+        text: what `Pass.text` asked for.
+        work: a folder for what the pass needs on disk while it runs.
     """
 
     seed: int = 0
@@ -93,6 +103,10 @@ class PassContext:
     allocation: Mapping[str, int] = field(default_factory=dict[str, int])
     statistics_bytes: int = 4 << 30
     rows: Sequence[Sequence[int]] = ()
+    teacher: ModelHandle | None = None
+    teacher_ids: Sequence[int] | None = None
+    text: TextRows | None = None
+    work: Path | None = None
 
 
 class Pass(Generic[P]):
@@ -119,6 +133,34 @@ class Pass(Generic[P]):
         Raises:
             UsageError: these parameters cannot be used on this model or target.
         """
+
+    def teacher(self) -> str | None:
+        """Return the folder or hub id of the teacher; None for the model as it is before the passes."""
+        return None
+
+    def check_teacher(self, facts: ModelFacts, teacher: ModelFacts, *, same_vocabulary: bool) -> None:
+        """Refuse a teacher that cannot teach, from the outlines alone; asked where `requires` names `Need.TEACHER`.
+
+        Args:
+            facts: the outline as the passes before this one leave it.
+            teacher: the teacher's outline.
+            same_vocabulary: whether both tokenizers give the same strings the same ids.
+
+        Raises:
+            UsageError: it says in what the two do not fit together.
+        """
+
+    def text(self, facts: ModelFacts) -> TextRequest | None:  # noqa: ARG002
+        """Return what text the pass reads beside the calibration samples, None when it reads none."""
+        return None
+
+    def trains(self) -> bool:
+        """Return whether several processes can share the pass's work."""
+        return False
+
+    def whole_bytes(self, facts: ModelFacts) -> int:  # noqa: ARG002
+        """Return how many bytes the pass holds at its peak, if it has the whole model in memory."""
+        return 0
 
     def facts_after(self, facts: ModelFacts) -> ModelFacts:
         """Return the outline as the pass will leave it, for what the plan says of sizes and formats."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.activations import QuantizedCache, QuantizedInput
-from ..core.errors import LlmoptError
+from ..core.errors import LlmoptError, UsageError
 from ..core.facts import ModelFacts
-from ..core.model import Channels, Rotation, RotationReport, WidthKind
+from ..core.model import Channels, Linear, Rotation, RotationReport, WidthKind
 from ..core.progress import Reporter
 from ..core.quantized import Grid, QuantizedWeight
 from .checkpoint import Checkpoint
@@ -137,7 +137,7 @@ class TorchModel:
         self, kept: Sequence[int], config: Mapping[str, Any], *, side_files: Callable[[Path], None], seed: int
     ) -> TorchModel:
         """Return the model with fewer tokens; see `core.model.ModelHandle`."""
-        from .vocabulary import with_vocabulary
+        from .smaller_vocabulary import with_vocabulary
 
         return with_vocabulary(self, kept, config, side_files=side_files, seed=seed)
 
@@ -253,6 +253,64 @@ class TorchModel:
         skeleton.compute_plainly()
         return skeleton.model.to(getattr(torch, dtype))
 
+    def quantized_parameters(self) -> dict[str, str]:
+        """Return the quantized layers by parameter; see `core.model.ModelHandle`."""
+        naming = self.skeleton().naming
+        found: dict[str, str] = {}
+        for layer in self.quantized:
+            target = next((name for name, b in naming.of_target.items() if b.sources[0][0] == f"{layer}.weight"), None)
+            if target is None or naming.of_target[target].converter is not None:
+                raise UsageError(
+                    f"`{layer}` is only a part of one of the model's parameters",
+                    where=f"architecture {self.facts.architecture}",
+                    hint="let the model learn before the pass that rounds",
+                )
+            found[target] = layer
+        return found
+
+    def stored_transposed(self, name: str) -> bool:
+        """Return whether the checkpoint holds quantized layer `name` as (in, out)."""
+        return name in self.store.transposed
+
+    def with_parameters(
+        self, read: Callable[[str], Tensor | None], *, quantized: Callable[[str], QuantizedWeight] | None = None
+    ) -> TorchModel:
+        """Return the model with other values in its parameters; see `core.model.ModelHandle`."""
+        made = self.rewritten(self._checkpoint_of(read), {})
+        if quantized is None:
+            return made
+        for layer in self.quantized:
+            weight = quantized(layer)
+            linear = Linear(layer, *weight.shape)
+            turned = {linear} if self.stored_transposed(layer) else set[Linear]()
+            made.store.put(layer, {linear: weight}, transposed=turned)
+        return made
+
+    def _checkpoint_of(self, read: Callable[[str], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+        """Yield every checkpoint tensor, taken from the parameter that is made of it where `read` knows that one."""
+        skeleton = self.skeleton()
+        owners = {name: target for target, b in skeleton.naming.of_target.items() for name, _ in b.sources}
+        aliases: dict[int, list[str]] = {}
+        for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
+            aliases.setdefault(id(parameter), []).append(name)
+        names = {name: group for group in aliases.values() for name in group}
+        for name in self.checkpoint.tensors:
+            target = owners.get(name)
+            found = None if target is None else _first(read, names.get(target, [target]))
+            if found is None or target is None:
+                yield name, self.read(name)
+                continue
+            if skeleton.naming.of_target[target].converter is not None:
+                rows = (skeleton.naming.rows_of(target) or {}).get(name)
+                if rows is None:
+                    raise LlmoptError(
+                        f"`{target}` cannot be taken apart into the checkpoint's tensors",
+                        where=f"it is made of `{name}` and others",
+                        hint="this architecture cannot be trained yet",
+                    )
+                found = (found if rows.expert is None else found[rows.expert])[rows.start : rows.stop]
+            yield name, self._cast(name, found.reshape(self.checkpoint.tensors[name].shape))
+
     def save_side_files(self, directory: Path, *, config_changes: Mapping[str, Any] | None = None) -> None:
         """Write config.json (with changes), generation config, tokenizer, processor and sentence-transformers files."""
         self._write_config(directory, config_changes or {})
@@ -288,6 +346,10 @@ class TorchModel:
                 hint="use bfloat16, which has the range of float32",
             )
         return cast
+
+
+def _first(read: Callable[[str], Tensor | None], names: Iterable[str]) -> Tensor | None:
+    return next((found for name in names if (found := read(name)) is not None), None)
 
 
 def _load_buffers(skeleton: Skeleton, read: Any) -> None:

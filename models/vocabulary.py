@@ -1,66 +1,46 @@
-"""A model with fewer tokens."""
+"""Which id a tokenizer gives to which string, and how two tokenizers compare."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-
-from ..core.errors import UsageError
-from .cuts import nested_settings
-from .producers import same
-from .reference import streamed_outputs
-from .text import proof_batches
-from .width import channels
-
-if TYPE_CHECKING:
-    from .handle import TorchModel
+from typing import Any
 
 
-def with_vocabulary(
-    model: TorchModel,
-    kept: Sequence[int],
-    config: Mapping[str, Any],
-    *,
-    side_files: Callable[[Path], None],
-    seed: int,
-) -> TorchModel:
-    """Return the model with fewer tokens; see `core.model.ModelHandle`."""
-    found = channels(model, ["vocabulary"], seed=seed)
-    (tokens,) = found.sets
-    order = {tokens.name: torch.tensor(kept)}
-    changes = {**config}
-    changes |= nested_settings({**model.facts.config, **config}, {tokens.size: len(kept)})
-    tensors = ((name, found.changed(name, model.read(name), order)) for name in model.tensor_specs())
-    smaller: TorchModel = model.rewritten(tensors, changes, side_files=side_files)
-    _prove(model, smaller, kept, seed)
-    return smaller
-
-
-def _prove(model: TorchModel, smaller: TorchModel, kept: Sequence[int], seed: int) -> None:
-    """Show that the model answers as before, for the tokens that are left.
+def vocabulary(folder: Path, *, trust_remote_code: bool = False) -> dict[str, int]:
+    """Return the id of every token of a folder's tokenizer; read from tokenizer.json where there is one.
 
     Raises:
-        UsageError: it does not, as where positions are counted from the id of the padding.
+        UsageError: there is no tokenizer that can be loaded.
     """
-    skeleton = smaller.skeleton()
-    inputs = proof_batches(skeleton, seed)
-    order = torch.tensor(kept)
-    before = [{name: order[ids] for name, ids in batch.items()} for batch in inputs]
-    for old, new in zip(
-        streamed_outputs(model.skeleton(), model.widened, before),
-        streamed_outputs(skeleton, smaller.widened, inputs),
-        strict=True,
-    ):
-        for name, value in new.items():
-            expected = old[name]
-            if expected.shape != value.shape:
-                expected = expected.index_select(-1, order)
-            if not same(expected, value):
-                raise UsageError(
-                    f"the vocabulary of {type(skeleton.model).__name__} cannot be pruned",
-                    where=f"`{name}` is not what it was for the tokens that are left",
-                    hint="leave `prune-vocab` out",
-                )
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return _listed(content)
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            pass  # another layout of the file: the library reads it, or says what is wrong with it
+    from .text import load_tokenizer
+
+    return dict(load_tokenizer(folder, trust_remote_code=trust_remote_code).get_vocab())
+
+
+def _listed(content: dict[str, Any]) -> dict[str, int]:
+    words = content["model"]["vocab"]
+    # BPE and WordPiece list ids by token, Unigram lists tokens with their scores in the order of their ids.
+    ids = dict(words) if isinstance(words, dict) else {str(pair[0]): index for index, pair in enumerate(words)}
+    return ids | {str(one["content"]): int(one["id"]) for one in content.get("added_tokens", ())}
+
+
+def ids_in(student: dict[str, int], teacher: dict[str, int]) -> list[int] | None:
+    """Return, for each id of the student, the teacher's id of the same token; -1 where it has none.
+
+    Returns:
+        None when both vocabularies are the same.
+    """
+    if student == teacher:
+        return None
+    found = [-1] * (max(student.values(), default=-1) + 1)
+    for token, index in student.items():
+        found[index] = teacher.get(token, -1)
+    return found

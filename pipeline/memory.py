@@ -87,7 +87,9 @@ def estimate(
     calibrated = calibration is not None and any(Need.CALIBRATION in one.requires() for one in passes)
     tokens = calibration.samples * calibration.length if calibration is not None and calibrated else 0
     states = tokens * _hidden(facts) * min(_FLOAT, _WIDTHS[facts.dtype])
-    others = max([*_exports(facts, exporters), _verification(facts)], key=lambda phase: phase.nbytes)
+    others = max(
+        [*_exports(facts, exporters), _verification(facts), *_whole(facts, passes)], key=lambda phase: phase.nbytes
+    )
     choices = [Limits(batch_tokens=batch, statistics_bytes=share) for share in _STATISTICS for batch in _BATCHES]
     sweeps = [_sweep(facts, passes, min(limits.batch_tokens, tokens), limits.statistics_bytes) for limits in choices]
     if max_memory is None:
@@ -142,6 +144,11 @@ def _exports(facts: ModelFacts, exporters: Sequence[AnyExporter]) -> list[Phase]
         for exporter in exporters
         if exporter.runtime != "transformers"
     ]
+
+
+def _whole(facts: ModelFacts, passes: Sequence[AnyPass]) -> list[Phase]:
+    held = {one.name: one.whole_bytes(facts) for one in passes}
+    return [Phase(f"pass `{name}` holds the whole model", nbytes) for name, nbytes in held.items() if nbytes]
 
 
 def _verification(facts: ModelFacts) -> Phase:

@@ -19,6 +19,7 @@ from ..models.onnx_file import graph_outline
 from ..models.outline import outline
 from ..models.tasks import check_task
 from .grids import check_exports, input_grid, packed_bytes, quantized_layers
+from .materials import check_materials
 from .memory import estimate
 from .steps import AnyExporter, AnyPass, check_graph_passes, check_graph_source, exporters_of, passes_of, sweeps
 
@@ -69,6 +70,9 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None) -> Plan:
                 hint="put tokenizer.json and tokenizer_config.json beside the weights, or use rtn",
             )
     final = outlines[-1]
+    if location.graph is None:
+        for one, before in zip(passes, outlines, strict=False):
+            check_materials(one, location, facts, before, recipe.calibration)
     check_exports(exporters, passes, final)
     memory = estimate(facts, passes, exporters, recipe.calibration, max_memory)
     return Plan(

@@ -15,12 +15,13 @@ from typing import Any, cast
 import msgspec
 
 from ..calibration.samples import Samples, load_samples
-from ..core.errors import UnmetError
+from ..core.errors import UnmetError, UsageError
 from ..core.exports import ExportContext, GraphExporter
 from ..core.manifest import MANIFEST, ExportRecord, FileRecord, Manifest, Parity, PassRecord
 from ..core.passes import BlockPass, GraphPass, ModelPass, PassContext, PassResult, SurveyPass
 from ..core.plan import Limits, Plan
-from ..core.progress import Reporter
+from ..core.processes import is_main, left_alone, world_size
+from ..core.progress import Reporter, Silent
 from ..models.checkpoint import Checkpoint
 from ..models.handle import TorchModel
 from ..models.locate import Location, locate
@@ -30,6 +31,7 @@ from .background import in_background
 from .fingerprint import FINGERPRINT, write_fingerprint
 from .graph_reference import graph_reference
 from .lowering import export_graph, graph_passes
+from .materials import Start, with_materials
 from .output import Staging, file_record, file_records, inputs_of, readable, staging
 from .parity import ROWS, Reference, compare, make_reference
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
@@ -60,6 +62,9 @@ class _Source:
 def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Manifest:
     """Execute a plan and put the verified artifact at `output`.
 
+    Of several processes that train together one writes the artifact; the others end after the pass that they share, and
+    their manifest names no exports.
+
     Args:
         plan: a checked plan.
         output: the folder to write; appears whole or not at all.
@@ -71,6 +76,8 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         UnmetError: an artifact is not the model that was exported; it lies at `OUTPUT.failed`.
         LlmoptError: anything else that went wrong.
     """
+    if not is_main():
+        reporter = Silent()
     with staging(output, force=force, inputs=inputs_of(plan.recipe)) as stage:
         location = locate(plan.recipe.model)
         checkpoint = Checkpoint(location.folder) if location.graph is None else GraphSource(location, plan.facts)
@@ -78,6 +85,7 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         source = _Source(location, checkpoint, samples, in_background(checkpoint.sha256))
         every = passes_of(plan.recipe)
         passes = [one for one in every if not isinstance(one, GraphPass)]
+        _check_processes(passes)
         axes = {name: size for one in every if isinstance(one, GraphPass) for name, size in one.fixed_axes().items()}
         held_out = source.samples.held_out if source.samples else []
         rows = source.samples.rows if source.samples else []
@@ -91,7 +99,11 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         else:
             model = TorchModel.create(location, checkpoint, plan.facts, stage.work)
             _warn_of_unused(model, reporter)
-            model, results, context = _run_passes(model, passes, context, plan.limits)
+            start = Start(location, checkpoint, plan.facts, plan.recipe.calibration, stage.work)
+            model, results, context = _run_passes(model, passes, context, plan.limits, start)
+            if not is_main():
+                records = [_pass_record(one, result) for one, result in zip(passes, results, strict=False)]
+                return _manifest(plan, source, records, [], {})
             for result in results:
                 held_out = _renumbered(held_out, result)
             reference = make_reference(model, held_out, plan.recipe.seed, axes)
@@ -106,6 +118,27 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         _refuse_unmet(exports, stage, output)
         stage.commit()
     return manifest
+
+
+def _check_processes(passes: Sequence[AnyPass]) -> None:
+    """Refuse several processes where there is no work to share, or work that would part after the first share."""
+    shared = [one.name for one in passes if one.trains()]
+    if shared and left_alone():
+        raise UsageError(
+            "accelerate started a single process",
+            where="it was asked for several, and does so only for GPUs unless it is told otherwise",
+            hint="launch with `accelerate launch --multi_gpu …`, which starts them on CPUs too, or with torchrun",
+        )
+    if world_size() > 1 and len(shared) != 1:
+        raise UsageError(
+            f"{world_size()} processes have nothing to share"
+            if not shared
+            else "several processes share one pass only",
+            where=f"passes that train: {', '.join(shared) or 'none'}",
+            hint="run it as a single process, without `accelerate launch`"
+            if not shared
+            else "make two runs of it, the second from the artifact of the first",
+        )
 
 
 def _warn_of_unused(model: TorchModel, reporter: Reporter) -> None:
@@ -131,10 +164,13 @@ def _run_passes(
     passes: Sequence[AnyPass],
     context: PassContext,
     limits: Limits,
+    start: Start,
 ) -> tuple[TorchModel, list[PassResult], PassContext]:
     """Return the model, what each pass did, and the context as they left it for the passes on graphs."""
     results: list[PassResult] = []
     for group in sweeps(passes):
+        if not is_main() and not any(one.trains() for one in passes[len(results) :]):
+            break
         if isinstance(group[0], SurveyPass):
             model, result = _survey(model, group[0], context, limits)
             results.append(result)
@@ -142,7 +178,8 @@ def _run_passes(
         elif isinstance(group[0], BlockPass):
             results += run_sweep(model, cast("list[BlockPass[Any]]", group), context.rows, context, limits)
         else:
-            changed, result = cast("ModelPass[Any]", group[0]).run(model, context)
+            materials = with_materials(group[0], model, context, start, len(results) + 1)
+            changed, result = cast("ModelPass[Any]", group[0]).run(model, materials)
             model = cast("TorchModel", changed)
             results.append(result)
             context = replace(context, rows=_renumbered(context.rows, result))
@@ -270,6 +307,7 @@ def _pass_record(one: AnyPass, result: PassResult) -> PassRecord:
         metrics=result.metrics,
         notes=result.notes,
         allocation=result.allocation,
+        curve=result.curve,
     )
 
 

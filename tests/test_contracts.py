@@ -22,7 +22,12 @@ from llmopt.runtimes import RUNTIMES
 
 ROOT = Path(__file__).parent.parent
 STEPS = [*(("pass", name) for name in PASSES), *(("export", name) for name in EXPORTERS)]
-REQUIRED = {"allocate-bits": {"budget": "4.5bpw"}, "cast": {"dtype": "bfloat16"}, "convert-opset": {"opset": 20}}
+REQUIRED = {
+    "allocate-bits": {"budget": "4.5bpw"},
+    "cast": {"dtype": "bfloat16"},
+    "convert-opset": {"opset": 20},
+    "merge-adapter": {"adapters": ["./adapter"]},
+}
 """Parameters without a default."""
 
 HEAVY = ["torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "numpy", "safetensors"]

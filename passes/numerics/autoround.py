@@ -66,7 +66,7 @@ class Rounding:
         """Return the weight that the present rounding gives, exactly as it will be dequantized; differentiable."""
         codes, scale, zero = self._round()
         weight = (codes - zero) * scale.unsqueeze(-1)
-        return _straight(weight.reshape(self._shape), lambda value: value.to(self._dtype).float())
+        return straight(weight.reshape(self._shape), lambda value: value.to(self._dtype).float())
 
     def quantized(self) -> QuantizedWeight:
         """Return the present rounding as codes."""
@@ -95,13 +95,13 @@ class Rounding:
         offset, low_share, high_share = self.parameters
         low, high, top = self._low * low_share, self._high * high_share, self._grid.levels - 1
         scale = torch.maximum(low.abs(), high.abs()) / (top / 2) if self._grid.symmetric else (high - low) / top
-        scale = _straight(scale, lambda value: value.to(self._dtype).float())
+        scale = straight(scale, lambda value: value.to(self._dtype).float())
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         if self._grid.symmetric:
             zero = torch.full_like(scale, self._grid.midpoint).unsqueeze(-1)
         else:
-            zero = _straight(-low / scale, torch.round).clamp(0, top).unsqueeze(-1)
-        codes = _straight(self._groups / scale.unsqueeze(-1) + offset, torch.round)
+            zero = straight(-low / scale, torch.round).clamp(0, top).unsqueeze(-1)
+        codes = straight(self._groups / scale.unsqueeze(-1) + offset, torch.round)
         codes = (codes if self._mask is None else codes * self._mask) + zero
         return codes.clamp(0, top), scale, zero
 
@@ -152,7 +152,7 @@ def _mean(loss: Callable[[int], Tensor], batches: int) -> float:
         return sum(float(loss(index)) for index in range(batches)) / batches
 
 
-def _straight(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+def straight(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Return `change(value)`, bit for bit, with the gradient of `value`."""
     return _Straight.apply(value, change)  # type: ignore[no-any-return]
 

@@ -1,0 +1,77 @@
+"""`llmopt distill`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.errors import UsageError
+from ..core.params import convert
+from ..core.passes import Need, Pass
+from ..core.recipe import ModelSpec, Recipe, Step
+from ..passes import PASSES
+from .build import DEFAULT_EXPORT, execute, exports
+from .common import (
+    DryRun,
+    Export,
+    Force,
+    Json,
+    MaxMemory,
+    ModelArgument,
+    Output,
+    Quiet,
+    SaveRecipe,
+    Seed,
+    Verbose,
+    open_screen,
+)
+from .options import Options, Source, with_options
+
+
+@with_options(
+    Source("distill", PASSES.load("distill").Params, panel="Learning"),
+    Source("model", ModelSpec, frozenset({"id"}), "Model"),
+)
+def command(
+    model: ModelArgument,
+    *,
+    output: Output = None,
+    export: Export = None,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    save_recipe: SaveRecipe = None,
+    force: Force = False,
+    max_memory: MaxMemory = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: Options,
+) -> None:
+    """Let a model learn from a teacher and export it.
+
+    MODEL is the student, a folder whose model is smaller than the teacher or has lost something. With `--lm 1` alone it
+    learns from the text and needs no teacher. `accelerate launch --multi_gpu -m llmopt distill …` trains on several
+    processes.
+
+        llmopt distill ./pruned -o ./recovered --teacher ./original --data wiki.txt --steps 2000
+    """
+    screen = open_screen(json=json, quiet=quiet, verbose=verbose)
+    given = options["distill"]
+    if "data" not in given:
+        raise UsageError("distill needs text", hint="name it with --data SPEC")
+    if "teacher" not in given and Need.TEACHER in _built(given).requires():
+        raise UsageError(
+            "distill needs a teacher", hint="name it with --teacher MODEL, or learn from the text alone with --lm 1"
+        )
+    recipe = Recipe(
+        model=ModelSpec(id=model, **options["model"]),
+        passes=(Step("distill", given),),
+        exports=exports(export or [DEFAULT_EXPORT]),
+        seed=seed,
+    )
+    execute(recipe, output, screen, dry_run=dry_run, save_recipe=save_recipe, force=force, max_memory=max_memory)
+
+
+def _built(given: dict[str, Any]) -> Pass[Any]:
+    """Return the pass with the parameters that were given."""
+    kind = PASSES.load("distill")
+    return kind(convert(given, kind.Params, where="distill"))

@@ -1,0 +1,306 @@
+"""Distillation: a smaller or rounded model learns from the one it was made of, or from another."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from ..core.errors import UsageError
+from ..core.facts import ModelFacts
+from ..core.model import ModelHandle
+from ..core.params import Params
+from ..core.passes import ModelPass, Need, PassContext, PassResult
+from ..core.target import Target
+from ..core.text import TextRequest
+
+_LENGTH = 512
+_ADAM = 4
+"""How many numbers of four bytes a trained weight takes: itself, its gradient, and two moments."""
+
+_LOGITS = ("kl", "reverse_kl", "js", "lm")
+_LOSSES = ("kl", "reverse_kl", "js", "hidden", "relation", "cosine", "lm")
+
+Weight = Annotated[float, Meta(ge=0)]
+
+
+class DistillParams(Params, frozen=True, kw_only=True):
+    """Parameters of `distill`."""
+
+    teacher: Annotated[
+        str | None,
+        Meta(description="A folder or hub id to learn from; the model as it is before all passes when left out."),
+    ] = None
+    data: Annotated[
+        str | None,
+        Meta(
+            description="Text to learn from: a .txt, .jsonl, .csv or .parquet file, or hf:NAME[/CONFIG][:SPLIT]; the "
+            "calibration data when left out."
+        ),
+    ] = None
+    column: Annotated[str | None, Meta(description="The column of `data` that holds the text.")] = None
+    length: Annotated[
+        Annotated[int, Meta(ge=2)] | None,
+        Meta(description="Tokens in a row; 512, or the model's context where that is shorter."),
+    ] = None
+    packing: Annotated[
+        bool | None,
+        Meta(
+            description="Pack texts into full rows; otherwise one text is one row. Packed are the texts of language "
+            "models when left out."
+        ),
+    ] = None
+    kl: Annotated[
+        Weight | None,
+        Meta(
+            description="Weight of KL(teacher || student) of the answers. The only loss of models with logits when no "
+            "loss is named."
+        ),
+    ] = None
+    reverse_kl: Annotated[
+        Weight | None,
+        Meta(description="Weight of KL(student || teacher): what the teacher finds unlikely becomes unlikely."),
+    ] = None
+    js: Annotated[Weight | None, Meta(description="Weight of the Jensen-Shannon divergence of the answers.")] = None
+    hidden: Annotated[
+        Weight | None,
+        Meta(
+            description="Weight of the error of the blocks' outputs, through learnt projections where widths differ. "
+            "With `cosine`, the loss of sentence encoders when none is named."
+        ),
+    ] = None
+    relation: Annotated[
+        Weight | None,
+        Meta(
+            description="Weight of the divergence of how queries, keys and values of a text's tokens relate to one "
+            "another in the last block (MiniLMv2). For encoders."
+        ),
+    ] = None
+    cosine: Annotated[
+        Weight | None, Meta(description="Weight of 1 - cosine of the texts' embeddings. For sentence encoders.")
+    ] = None
+    lm: Annotated[Weight | None, Meta(description="Weight of the text's own next token: plain language modelling.")] = (
+        None
+    )
+    temperature: Annotated[float, Meta(gt=0, description="Softens the answers that `kl` and others compare.")] = 1.0
+    relation_heads: Annotated[int, Meta(ge=1, description="Heads of `relation`; divides both models' width.")] = 12
+    steps: Annotated[int, Meta(ge=1, description="Updates of the weights.")] = 1000
+    batch_size: Annotated[int, Meta(ge=1, description="Rows that a process computes at once.")] = 8
+    accumulation: Annotated[int, Meta(ge=1, description="Batches in a step.")] = 1
+    learning_rate: Annotated[float, Meta(gt=0, description="The largest; it falls along half a cosine to zero.")] = 1e-4
+    warmup: Annotated[float, Meta(ge=0, le=1, description="Share of the steps in which the rate rises.")] = 0.05
+    clip: Annotated[float, Meta(gt=0, description="Length to which longer gradients are shortened.")] = 1.0
+    weight_decay: Annotated[float, Meta(ge=0, description="AdamW's decay of weights.")] = 0.0
+    precision: Annotated[
+        Literal["float32", "bfloat16"],
+        Meta(description="What is computed in; weights and their updates are always float32."),
+    ] = "float32"
+    gradient_checkpointing: Annotated[
+        bool, Meta(description="Compute blocks again on the way back instead of keeping what they computed.")
+    ] = False
+    evaluate_every: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Steps between evaluations on held-out rows; a tenth of all steps when left out."),
+    ] = None
+    held_out: Annotated[
+        int, Meta(ge=1, description="Rows that are measured with and not learnt from; at most a tenth of all.")
+    ] = 32
+    patience: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Evaluations without a better one after which learning ends; goes on when left out."),
+    ] = None
+    checkpoint: Annotated[
+        str | None,
+        Meta(description="A folder for checkpoints: the same run, started again, goes on from the last one there."),
+    ] = None
+    checkpoint_every: Annotated[int, Meta(ge=1, description="Steps between checkpoints.")] = 100
+    lora_rank: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Learn adapters of this rank alone, and merge them at the end; all weights when left out."),
+    ] = None
+    lora_alpha: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="Scale of the adapters; twice the rank when left out.")
+    ] = None
+    lora_targets: Annotated[
+        tuple[str, ...], Meta(description="Layers that get adapters, by the end of their name; all when none is named.")
+    ] = ()
+    learn_scales: Annotated[
+        bool, Meta(description="Of a quantized student let the scales learn too, not only the codes.")
+    ] = True
+    cache: Annotated[
+        str | None,
+        Meta(description="A folder for the teacher's answers, computed once, in half precision, also for later runs."),
+    ] = None
+    top_k: Annotated[int, Meta(ge=1, description="How many tokens of each answer `cache` keeps.")] = 64
+    align_vocab: Annotated[
+        bool,
+        Meta(description="Match the tokens of two vocabularies by their strings, and compare those that both have."),
+    ] = False
+
+    def losses(self, facts: ModelFacts) -> dict[str, float]:
+        """Return the weights of the losses by name; those that suit the model where none is named."""
+        given = {name: float(value) for name in _LOSSES if (value := getattr(self, name))}
+        if given or any(getattr(self, name) is not None for name in _LOSSES):
+            return given
+        return {"kl": 1.0} if has_logits(facts) else {"hidden": 1.0, "cosine": 1.0}
+
+    @property
+    def losses_need_teacher(self) -> bool:
+        """Whether anything but the text itself is learnt from."""
+        given = [name for name in _LOSSES if getattr(self, name)]
+        return given != ["lm"]
+
+
+def has_logits(facts: ModelFacts) -> bool:
+    """Return whether a model answers with logits: its class has a head."""
+    return "For" in facts.architecture or facts.architecture.endswith("LMHeadModel")
+
+
+class Distill(ModelPass[DistillParams]):
+    """Let the model learn from its teacher: win back what earlier passes took (Hinton et al., 2015).
+
+    The student is the model as the passes before this one left it, the teacher the model before them, or one that is
+    named. Layers that an earlier pass quantized learn on their grids, straight through rounding: what is trained is
+    what is exported. The whole runs through accelerate: `accelerate launch --multi_gpu -m llmopt …` with the same
+    arguments trains on several processes and machines. Dropout is off. The state with the least loss on held-out rows
+    is the result; if none is better than the untrained student, that one stays.
+    """
+
+    name = "distill"
+    # Learning does not see activations rounded, and would make another model than the one that was calibrated.
+    not_after = frozenset({"quantize-activations", "quantize-kv"})
+    Params = DistillParams
+
+    def requires(self) -> frozenset[Need]:
+        """Return that a teacher is needed, unless the text alone is learnt from."""
+        return frozenset({Need.TEACHER} if self.params.losses_need_teacher else ()) | {Need.GRADIENTS}
+
+    def teacher(self) -> str | None:
+        """Return the named teacher."""
+        return self.params.teacher
+
+    def trains(self) -> bool:
+        """Return that several processes can share the work."""
+        return True
+
+    def text(self, facts: ModelFacts) -> TextRequest:
+        """Return the rows that the steps can use."""
+        from ..core.processes import world_size
+
+        params = self.params
+        packing = facts.is_causal_lm if params.packing is None else params.packing
+        rows = params.steps * params.batch_size * params.accumulation * world_size()
+        length = params.length or min(_LENGTH, _context(facts.config) or _LENGTH)
+        return TextRequest(params.data, params.column, length, packing, rows, params.held_out)
+
+    def whole_bytes(self, facts: ModelFacts) -> int:
+        """Return the bytes of weights, gradients and moments, of a teacher as large, and of a batch's logits."""
+        trained = 1 if self.params.lora_rank else _ADAM
+        text = facts.config.get("text_config") or facts.config
+        length = self.text(facts).length
+        logits = 6 * self.params.batch_size * length * int(text.get("vocab_size") or 0) if has_logits(facts) else 0
+        return 4 * (facts.parameters * (trained + 1) + logits)
+
+    def check(self, facts: ModelFacts, target: Target) -> None:  # noqa: ARG002
+        """Refuse models that cannot be taught yet, and losses that do not suit the model."""
+        where = f"pass `distill`, architecture {facts.architecture or 'unknown'}"
+        losses = self.params.losses(facts)
+        if not facts.has_tokenizer or not facts.architecture:
+            raise UsageError(
+                f"`{facts.source}` cannot be taught with text",
+                where=f"{where}: it has no tokenizer" if facts.architecture else where,
+                hint="put tokenizer.json and tokenizer_config.json beside the weights",
+            )
+        if facts.is_encoder_decoder:
+            raise UsageError(
+                "encoder-decoders cannot be distilled yet",
+                where=f"{where}: what its decoder reads is not in plain text",
+                hint="use a decoder or an encoder",
+            )
+        if _experts(facts.config):
+            raise UsageError(
+                "mixtures of experts cannot be distilled yet",
+                where=f"{where}: the router's balance would be lost",
+                hint="use a dense model",
+            )
+        self._check_losses(facts, losses, where)
+
+    def _check_losses(self, facts: ModelFacts, losses: dict[str, float], where: str) -> None:
+        if not losses:
+            raise UsageError(
+                "there is nothing to learn from",
+                where=f"{where}: every loss has weight 0",
+                hint="give a loss a weight, such as `kl: 1`",
+            )
+        for name in losses:
+            why = None
+            if name == "lm" and not facts.is_causal_lm:
+                why = "it does not predict the next token"
+            elif name in _LOGITS and not has_logits(facts):
+                why = "it has no head, and so no logits"
+            elif name == "relation" and facts.is_causal_lm:
+                why = "tokens of a decoder relate to those before them only; it is for encoders"
+            elif name == "cosine" and has_logits(facts):
+                why = "it makes no embeddings of texts"
+            if why is not None:
+                raise UsageError(
+                    f"the loss `{name}` does not suit the model",
+                    where=f"{where}: {why}",
+                    hint="use `kl`" if has_logits(facts) else "use `hidden`, `relation` or `cosine`",
+                )
+        if self.params.cache is not None and not set(losses) <= {"kl", "reverse_kl", "js", "lm"}:
+            raise UsageError(
+                "only answers are cached",
+                where=f"{where}: {', '.join(sorted(set(losses) & {'hidden', 'relation', 'cosine'}))} need the teacher",
+                hint="leave `cache` out",
+            )
+
+    def check_teacher(self, facts: ModelFacts, teacher: ModelFacts, *, same_vocabulary: bool) -> None:
+        """Refuse a teacher of another kind, or with another vocabulary."""
+        where = f"pass `distill`: student {facts.architecture}, teacher {teacher.architecture}"
+        if teacher.is_encoder_decoder or teacher.is_causal_lm != facts.is_causal_lm:
+            raise UsageError(
+                f"`{teacher.source}` cannot teach `{facts.source}`",
+                where=where,
+                hint="decoders learn from decoders, encoders from encoders",
+            )
+        needed = set(self.params.losses(facts)) & set(_LOGITS)
+        if needed - {"lm"} and not has_logits(teacher):
+            raise UsageError(
+                f"`{teacher.source}` has no logits to learn from", where=where, hint="use a teacher with a head"
+            )
+        if not same_vocabulary and not self.params.align_vocab:
+            raise UsageError(
+                "student and teacher have different vocabularies",
+                where=f"pass `distill`: `{facts.source}` and `{teacher.source}`",
+                hint="let tokens be matched by their strings with --align-vocab, or use another teacher",
+            )
+        if self.params.teacher is not None and "relation" in self.params.losses(facts):
+            self._check_heads(teacher)
+
+    def _check_heads(self, facts: ModelFacts) -> None:
+        width = facts.config.get("hidden_size")
+        if isinstance(width, int) and width % self.params.relation_heads:
+            raise UsageError(
+                f"{self.params.relation_heads} relation heads do not divide a width of {width}",
+                where=f"pass `distill`: `{facts.source}`",
+                hint="choose another number with --relation-heads",
+            )
+
+    def run(self, model: ModelHandle, context: PassContext) -> tuple[ModelHandle, PassResult]:
+        """Teach the model."""
+        from .training.distillation import distill
+
+        return distill(model, self.params, context)
+
+
+def _experts(config: dict[str, Any]) -> bool:
+    text = config.get("text_config") or config
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return any(isinstance(text.get(name), int) and text[name] > 1 for name in names)
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    text = config.get("text_config") or config
+    found = (text.get(name) for name in ("max_position_embeddings", "n_positions"))
+    return next((length for length in found if isinstance(length, int) and length > 0), None)
