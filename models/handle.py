@@ -137,7 +137,7 @@ class TorchModel:
         self, kept: Sequence[int], config: Mapping[str, Any], *, side_files: Callable[[Path], None], seed: int
     ) -> TorchModel:
         """Return the model with fewer tokens; see `core.model.ModelHandle`."""
-        from .vocabulary import with_vocabulary
+        from .smaller_vocabulary import with_vocabulary
 
         return with_vocabulary(self, kept, config, side_files=side_files, seed=seed)
 
