@@ -14,6 +14,7 @@ import json
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from llmopt.models.checkpoint import Checkpoint
@@ -48,24 +49,45 @@ TOGETHER: dict[str, Passes] = {
 }
 
 
-def row(name: str, run: Run, bench: Bench) -> str:
-    """Return a line of the table."""
-    increase, error = mean_and_error(differences(run.losses, bench.source_losses))
-    cells = (name, f"{run.perplexity:.2f}", f"{increase:+.4f} ± {error:.4f}", f"{run.size / 2**20:.2f}")
-    return f"| {' | '.join(cells)} | {run.seconds:.1f} |"
+class Table:
+    """Rows that are measured once: those that the JSON file holds are not repeated.
+
+    Args:
+        bench: the model and the text.
+        only: measure rows whose name holds one of these texts; all when empty.
+        kept: where runs are kept, None for nowhere.
+    """
+
+    def __init__(self, bench: Bench, only: list[str], kept: Path | None) -> None:
+        self._bench = bench
+        self._only = only
+        self._kept = kept
+        known = json.loads(kept.read_text(encoding="utf-8")) if kept is not None and kept.is_file() else {}
+        self.runs = {name: Run(**run) for name, run in known.items()}
+
+    def row(self, name: str, passes: Passes) -> None:
+        """Measure a row and print it."""
+        if self._only and not any(text in name for text in self._only):
+            return
+        if name not in self.runs:
+            self.runs[name] = self._bench.run(passes, 0)
+            if self._kept is not None:
+                document = {one: asdict(run) for one, run in self.runs.items()}
+                self._kept.write_text(json.dumps(document) + "\n", encoding="utf-8")
+        run = self.runs[name]
+        increase, error = mean_and_error(differences(run.losses, self._bench.source_losses))
+        cells = (name, f"{run.perplexity:.2f}", f"{increase:+.4f} ± {error:.4f}", f"{run.size / 2**20:.2f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def pairs_table(bench: Bench, blocks: int, runs: dict[str, Run]) -> None:
-    """Drop every pair of layers, and those that are picked; say where the picked ones rank."""
-    for pair in combinations(range(blocks), 2):
-        runs[f"layers {pair[0]} {pair[1]}"] = bench.run((("prune-depth", {"layers": list(pair)}),), 0)
-        print(row(f"layers {pair[0]} {pair[1]}", runs[f"layers {pair[0]} {pair[1]}"], bench), flush=True)
-    ranked = sorted(run.perplexity for run in runs.values())
-    for by in ("influence", "loss"):
-        run = bench.run((("prune-depth", {"drop": 2, "by": by}),), 0)
-        place = 1 + sum(one < run.perplexity - 1e-6 for one in ranked)
-        print(row(f"picked by {by}: rank {place} of {len(ranked)}", run, bench), flush=True)
-        runs[f"by {by}"] = run
+def tell_ranks(runs: dict[str, Run]) -> None:
+    """Say where the picked pairs stand among all."""
+    ranked = sorted(run.perplexity for name, run in runs.items() if name.startswith("layers "))
+    for name, run in runs.items():
+        if name.startswith("picked ") and ranked:
+            place = 1 + sum(one < run.perplexity - 1e-6 for one in ranked)
+            mean = sum(ranked) / len(ranked)
+            print(f"{name}: rank {place} of {len(ranked)}; a pair at random {mean:.2f}, median {median(ranked):.2f}")
 
 
 def main() -> None:
@@ -78,28 +100,25 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--limit", type=int, default=100)
-    parser.add_argument("--only", default="", help="tables whose name holds this")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", action="append", default=[], help="rows whose name holds this text")
+    parser.add_argument("--json", type=Path, help="keep all runs there; those that it holds are not repeated")
     args = parser.parse_args()
     bench = Bench(args)
-    print(f"{describe()}\n\n{args.model.name}: float32 {bench.source_perplexity:.3f}")
+    print(f"{describe()}\n{args.model.name}, {args.samples} x {args.length} calibration tokens")
+    print(f"float32: {bench.source_perplexity:.3f} on {len(bench.source_losses)} windows\n")
     tensors = Checkpoint(args.model).tensors
     stacks = block_lists(tensors)
     blocks = len({block_of(name, stacks) for name in tensors} - {None})
-    runs: dict[str, Run] = {}
-    head = "| {} | perplexity | loss increase, nats | MiB | seconds |\n| --- | --- | --- | --- | --- |"
-    if args.only in "pairs":
-        print("\n" + head.format("two layers fewer"))
-        pairs_table(bench, blocks, runs)
-    for title, table in (("widths", WIDTHS | HIDDEN), ("zeros", ZEROS | TOGETHER)):
-        if args.only not in title:
-            continue
-        print("\n" + head.format(title))
-        for name, passes in table.items():
-            runs[name] = bench.run(passes, 0)
-            print(row(name, runs[name], bench), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({name: asdict(run) for name, run in runs.items()}), encoding="utf-8")
+    print("| artifact | perplexity | loss increase, nats | MiB |\n| --- | --- | --- | --- |")
+    table = Table(bench, args.only, args.json)
+    for first, second in combinations(range(blocks), 2):
+        table.row(f"layers {first} {second}", (("prune-depth", {"layers": [first, second]}),))
+    for by in ("influence", "answers", "loss"):
+        table.row(f"picked by {by}", (("prune-depth", {"drop": 2, "by": by}),))
+    for name, passes in (WIDTHS | HIDDEN | ZEROS | TOGETHER).items():
+        table.row(name, passes)
+    print()
+    tell_ranks(table.runs)
 
 
 if __name__ == "__main__":

@@ -270,6 +270,16 @@ class Block(Protocol):
         """
         ...
 
+    def absence(self) -> float:
+        """Return how far the model's answers move when the block returns what it is given.
+
+        The later blocks are left out: what follows them answers to this one's output, and to its input.
+
+        Returns:
+            Mean KL divergence in nats a token; for a model without logits the error of its output over its square.
+        """
+        ...
+
     def stages(self) -> list[Stage]:
         """Return the block's products in the order in which the forward pass reaches them."""
         ...

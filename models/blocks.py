@@ -208,9 +208,26 @@ class LoadedBlock:
             self._answers[later_blocks] = self._answer({}, later_blocks)
         return distance(self._answers[later_blocks], self._answer(weights, later_blocks))
 
+    def absence(self) -> float:
+        """Return how far the model's answers move without the block; see `core.model.Block`."""
+        tokens = self._tokens_answered()
+        call = self._samples.call(self._site, 0, tokens=tokens)
+        with torch.no_grad():
+            made = self._site.module(*call[0], **call[1])
+        given = hidden_of(call)
+        skipped = given if isinstance(made, Tensor) else (given, *made[1:])
+        expected, got = (
+            self._samples.answer(self._site, 0, one, self._model.read, later_blocks=False, tokens=tokens)
+            for one in (made, skipped)
+        )
+        return distance(expected, got)
+
+    def _tokens_answered(self) -> int:
+        """Return of how many tokens the logits may be made at once."""
+        return max(1, _LOGITS // getattr(self._skeleton.config.get_text_config(), "vocab_size", 1))
+
     def _answer(self, weights: Mapping[Linear, Tensor], later_blocks: bool) -> Answer:
-        vocabulary = getattr(self._skeleton.config.get_text_config(), "vocab_size", 1)
-        tokens = max(1, _LOGITS // vocabulary)
+        tokens = self._tokens_answered()
         with torch.no_grad():
             made = self._changed_output(0, weights, tokens=tokens)
         return self._samples.answer(self._site, 0, made, self._model.read, later_blocks=later_blocks, tokens=tokens)

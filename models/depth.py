@@ -37,6 +37,9 @@ _FIRST = frozenset({"max_window_layers", "first_k_dense_replace", "num_dense_lay
 
 _LISTS = re.compile(r"layer|block|attention|attn|window|rope|head|intermediate|sparsity|mlp|ffn|expert|types")
 _INDICES = re.compile(r"layers?$|_idxs?$|indices$")
+_STATES = 1 << 30
+"""Hidden states that are kept in memory while a loss is measured; the others lie on disk."""
+
 _PLACES = re.compile(r"idx|index|layer_id|layer_number")
 
 
@@ -84,7 +87,8 @@ def without_blocks(model: TorchModel, dropped: Collection[str], *, seed: int) ->
 def loss_without(model: TorchModel, dropped: Collection[str], rows: Sequence[Sequence[int]], tokens: int) -> float:
     """Return the mean loss of the model with some blocks left out; see `core.model.ModelHandle`."""
     skeleton = model.skeleton()
-    replay = Replay(skeleton, batches(rows, decoder=False, tokens=tokens), States(torch.float32))
+    states = States(torch.float32, model.store.folder, _STATES)
+    replay = Replay(skeleton, batches(rows, decoder=False, tokens=tokens), states)
     total, count = 0.0, 0
     with outside_on_demand(skeleton, model.read), torch.no_grad(), leaving_out(skeleton, dropped):
         for stack in skeleton.stacks:

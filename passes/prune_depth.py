@@ -32,11 +32,12 @@ class PruneDepthParams(Params, frozen=True, kw_only=True):
         Meta(description="The numbers of the blocks to take out, counted from 0, instead of measuring which."),
     ] = ()
     by: Annotated[
-        Literal["influence", "loss"],
+        Literal["influence", "answers", "loss"],
         Meta(
-            description="What tells which blocks matter least: how much they turn the hidden states, measured in one "
-            "sweep (`influence`), or the loss of a language model without each of them, measured anew after each that "
-            "is taken out (`loss`), which takes a sweep for each block that is left."
+            description="What tells which blocks matter least: how much they turn the hidden states (`influence`) or "
+            "move what the model would answer to them (`answers`), measured in one sweep; or the loss of a language "
+            "model without each of them, measured anew after each that is taken out (`loss`), which takes a sweep for "
+            "each block that is left, and is the best."
         ),
     ] = "influence"
     stack: Annotated[
@@ -49,9 +50,9 @@ class PruneDepth(SurveyPass[PruneDepthParams]):
     """Take out the blocks that change the hidden states least (ShortGPT: Men et al., 2024), or those that are named.
 
     The influence of a block is 1 - cosine between a token's hidden state before it and after it, averaged over
-    calibration tokens. The blocks that stay are renumbered, and config.json follows: numbers of layers, lists with an
-    entry for each. The result is proven to answer as the model does with those blocks left out. Most of what is lost
-    is won back by training.
+    calibration tokens; two other measures are at hand. The blocks that stay are renumbered, and config.json follows:
+    numbers of layers, lists with an entry for each. The result is proven to answer as the model does with those blocks
+    left out. Most of what is lost is won back by training.
     """
 
     name = "prune-depth"
@@ -61,7 +62,7 @@ class PruneDepth(SurveyPass[PruneDepthParams]):
 
     def __init__(self, params: PruneDepthParams) -> None:
         super().__init__(params)
-        self._influence: dict[str, float] = {}
+        self._measured: dict[str, float] = {}
 
     def requires(self) -> frozenset[Need]:
         """Return calibration data unless the layers are named."""
@@ -134,15 +135,18 @@ class PruneDepth(SurveyPass[PruneDepthParams]):
         )
 
     def run_block(self, block: Block, linears: Iterable[Linear], context: PassContext) -> PassResult:  # noqa: ARG002
-        """Measure the block's influence."""
+        """Measure what the block does."""
         if self.params.layers or self.params.by == "loss":
+            return PassResult()
+        if self.params.by == "answers":
+            self._measured[block.name] = block.absence()
             return PassResult()
         from .numerics.influence import Influence
 
         influence = Influence()
         for batch in range(block.batches):
             influence.add(block.input(batch), block.output(batch))
-        self._influence[block.name] = influence.mean
+        self._measured[block.name] = influence.mean
         return PassResult()
 
     def conclude(self, model: ModelHandle, context: PassContext) -> tuple[ModelHandle, PassResult]:
@@ -154,12 +158,13 @@ class PruneDepth(SurveyPass[PruneDepthParams]):
         elif self.params.by == "loss":
             dropped = self._by_loss(model, stacks[0], context, result)
         else:
-            for name, value in self._influence.items():
-                result.metrics[f"{name}.influence_ratio"] = value
+            for name, value in self._measured.items():
+                unit = "influence_ratio" if self.params.by == "influence" else "answers_moved_nats"
+                result.metrics[f"{name}.{unit}"] = value
             dropped = [
                 stack[index]
                 for stack in stacks
-                for index in lowest([self._influence[name] for name in stack], self._count(len(stack)))
+                for index in lowest([self._measured[name] for name in stack], self._count(len(stack)))
             ]
         shorter = model.without_blocks(dropped, seed=context.seed)
         result.changed = dropped
@@ -167,7 +172,7 @@ class PruneDepth(SurveyPass[PruneDepthParams]):
         result.notes.append(
             f"took out {', '.join(dropped)}: {sum(map(len, model.blocks())) - len(dropped)} blocks left"
         )
-        self._influence = {}
+        self._measured = {}
         return shorter, result
 
     def _by_loss(self, model: ModelHandle, stack: list[str], context: PassContext, result: PassResult) -> list[str]:

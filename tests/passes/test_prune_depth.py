@@ -1,6 +1,7 @@
 """Fewer blocks: which ones, what config.json says then, and that nothing else changes."""
 
 import json
+import weakref
 
 import msgspec
 import pytest
@@ -11,7 +12,9 @@ from llmopt.core.errors import UsageError
 from llmopt.core.passes import PassContext
 from llmopt.core.plan import Limits
 from llmopt.core.target import Target
+from llmopt.models import store
 from llmopt.models.depth import config_without, leaving_out
+from llmopt.models.handle import TorchModel
 from llmopt.models.reference import streamed_outputs
 from llmopt.models.text import batches, proof_batches
 from llmopt.passes.numerics.influence import Influence
@@ -97,7 +100,7 @@ def measured(folder, work, rows, **params):
 def test_a_block_that_does_nothing_goes_first(family, tmp_path):
     """With nothing written to the stream a block turns no hidden state, and its absence costs no loss."""
     folder = deep(family, "llama")
-    for by in ("influence", "loss"):
+    for by in ("influence", "answers", "loss"):
         model = open_model(folder, tmp_path / by)
         changed = {
             name: torch.zeros_like(model.read(name))
@@ -292,3 +295,55 @@ def test_a_rotated_model_with_tied_embeddings_loses_blocks(dtype, family, tmp_pa
     assert manifest.exports[0].verification.passed
     assert config_of(tmp_path / "out")["num_hidden_layers"] == 2
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_answers_are_those_of_the_head_to_what_the_block_is_given(name, family, tmp_path):
+    """Against the whole model with the later blocks left out, and with this one left out too."""
+    folder = deep(family, name)
+    rows = random_rows(2, 16)
+    _, result = measured(folder, tmp_path / "work", rows, drop=1, by="answers")
+    moved = {key: value for key, value in result.metrics.items() if key.endswith("answers_moved_nats")}
+    assert len(moved) == (7 if name == "t5" else 4)
+    if name != "llama":
+        assert all(value > 0 for value in moved.values())
+        return
+    whole = open_model(folder, tmp_path / "whole")
+    skeleton = whole.skeleton()
+    inputs = batches(rows, decoder=False)
+    for index in range(4):
+        logs = []
+        for first in (index + 1, index):
+            later = [f"model.layers.{one}" for one in range(first, 4)]
+            with leaving_out(skeleton, later):
+                logs.append(streamed_outputs(skeleton, whole.read, inputs)[0]["logits"].log_softmax(-1))
+        expected = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+        assert moved[f"model.layers.{index}.answers_moved_nats"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["depth", "width", "vocabulary"])
+def test_no_whole_model_is_in_memory(kind, family, tmp_path, monkeypatch):
+    """What is read and still alive at any time: a block or two, and what lies outside the blocks."""
+    monkeypatch.setattr(store, "SHARD_BYTES", 1 << 14)
+    alive, most = [], 0
+    original = TorchModel.read
+
+    def read(self, name):
+        nonlocal most
+        tensor = original(self, name)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(one.nbytes for ref in alive if (one := ref()) is not None))
+        return tensor
+
+    model = open_model(family("llama", num_hidden_layers=12), tmp_path)
+    monkeypatch.setattr(TorchModel, "read", read)
+    if kind == "depth":
+        model.without_blocks(["model.layers.3", "model.layers.7"], seed=0)
+    elif kind == "width":
+        found = model.channels(["mlp", "heads", "hidden"], seed=0)
+        found.kept(model, {one.name: range(one.units // 2) for one in found.sets})
+    else:
+        model.with_vocabulary(range(200), {}, side_files=lambda _: None, seed=0)
+    facts = model.facts
+    assert facts.bytes > 8 * facts.largest_block_bytes
+    assert most <= 2 * facts.largest_block_bytes + facts.outside_bytes
