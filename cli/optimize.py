@@ -28,7 +28,7 @@ from .options import Options, Source, with_options
 
 _GRAPH, _CALIBRATION = "Graph", "Calibration"
 _INT8, _TARGETS = ("dynamic", "static"), ("cpu", "gpu", "edge")
-_EMBEDDINGS = {"products": "none", "embeddings": 8, "group_size": 128, "max_drop": 0.01, "required": False}
+_EMBEDDINGS = {"products": "none", "embeddings": 8, "max_drop": 0.01, "required": False}
 """What `quantize-weights` does beside products in 8 bits."""
 
 
@@ -143,8 +143,8 @@ def _steps(target: str, int8: str | None, options: Options) -> list[Step]:
         steps.append(Step("cast-fp16"))
     if int8 is not None:
         standard = {} if target == "cpu" else {"operators": "standard"}
-        embeddings = {name: value for name, value in _EMBEDDINGS.items() if not standard or name != "group_size"}
-        steps += [Step(f"quantize-{int8}", options["quantize-static"]), Step("quantize-weights", embeddings | standard)]
+        embeddings = Step("quantize-weights", {**_EMBEDDINGS, **standard})
+        steps += [Step(f"quantize-{int8}", options["quantize-static"]), embeddings]
     return [*steps, Step("fix-shapes", options["fix-shapes"])] if options["fix-shapes"] else steps
 
 

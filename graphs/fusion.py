@@ -8,20 +8,23 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..core.errors import LlmoptError
 from .attention import attentions
 from .decoder import group_queries
 from .folding import quiet
+from .gelu import fuse_tanh_gelus
 from .heads import attend_with_heads
 from .kernels import CUDA, PUBLISHED, can_be_asked, without_cuda_kernel
-from .nodes import CONTRIB, Builder, constant, nodes_of, replace
+from .nodes import CONTRIB, Builder, constant, made_by, nodes_of, permutation, replace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import onnx_ir as ir
+_HEADS = [0, 2, 1, 3]
+"""Turns tokens by heads into heads by tokens, and back."""
 
 _KINDS = {
     "rotary": ("RotaryEmbedding",),
@@ -42,10 +45,12 @@ class Fusion:
 
     Attributes:
         counts: how many there are of each kind of fused operator.
+        matched: every attention that is one node now, and what it does.
         left: (name, reason) of what is computed by several nodes.
     """
 
     counts: dict[str, int] = field(default_factory=dict[str, int])
+    matched: list[str] = field(default_factory=list[str])
     left: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
 
@@ -60,6 +65,7 @@ def fuse_for_onnxruntime(model: ir.Model, *, positions: int | None = None, left_
     from transformers.exporters import onnxruntime_fusions as theirs
 
     total = len(attentions(model))
+    fuse_tanh_gelus(model)
     lowered = group_queries(model, positions=positions, left_padded=left_padded)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -71,11 +77,13 @@ def fuse_for_onnxruntime(model: ir.Model, *, positions: int | None = None, left_
             if (providers is None or "cpu" in providers) and not (packs and lowered.attentions):
                 step(model)
     _split_skip_norms(model)
+    _untranspose(model)
     operators = Counter(node.op_type for node in model.graph.all_nodes())
     counts = {"attention": total, "group_query_attention": lowered.attentions}
     counts |= {kind: sum(operators[name] for name in names) for kind, names in _KINDS.items()}
     counts["rotary"] += lowered.inside
-    return Fusion(counts, lowered.left + _unfused(model, counts))
+    left = lowered.left + _spelled_out(model, lowered.left) + _unfused(model, counts)
+    return Fusion(counts, _matched(model), left)
 
 
 def fuse_for_cuda(model: ir.Model) -> Fusion:
@@ -93,6 +101,7 @@ def fuse_for_cuda(model: ir.Model) -> Fusion:
     from transformers.exporters import onnxruntime_fusions as theirs
 
     total = len(attentions(model))
+    fuse_tanh_gelus(model)
     lowered, left = attend_with_heads(model)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -109,7 +118,26 @@ def fuse_for_cuda(model: ir.Model) -> Fusion:
     operators = Counter(node.op_type for node in model.graph.all_nodes())
     counts = {"attention": total, "multi_head_attention": lowered}
     counts |= {kind: sum(operators[name] for name in names) for kind, names in _KINDS.items()}
-    return Fusion(counts, left + _unfused(model, counts))
+    return Fusion(counts, _matched(model), left + _unfused(model, counts))
+
+
+def _matched(model: ir.Model) -> list[str]:
+    """Name every attention that is one node, with what is rotated in front of it or by it."""
+    found: list[str] = []
+    for node in model.graph:
+        if node.op_type not in ("GroupQueryAttention", "MultiHeadAttention"):
+            continue
+        rotated = [made_by(value, "RotaryEmbedding", CONTRIB) for value in node.inputs[:2]]
+        turned = "rotary inside" if node.attributes.get_int("do_rotary", 0) else "rotary" if any(rotated) else ""
+        found.append(f"attention {len(found)}: {', '.join(filter(None, (node.op_type, turned)))}")
+    return found
+
+
+def _spelled_out(model: ir.Model, known: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Name the attentions that are still our own, and of which no reason is known."""
+    count = len(attentions(model)) - sum(name.startswith("attention") for name, _ in known)
+    reason = "it has no cache, as GroupQueryAttention needs: it is written with products and a softmax"
+    return [(f"attention {place}", reason) for place in range(count)]
 
 
 def _unfused(model: ir.Model, counts: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -127,6 +155,32 @@ def _unfused(model: ir.Model, counts: Mapping[str, int]) -> list[tuple[str, str]
         reason = "cosines and sines are computed in every run"
         found.append(("rotary embedding", reason if counts["rotary"] else f"it was not recognized: {reason}"))
     return found
+
+
+def _untranspose(model: ir.Model) -> None:
+    """Let a norm or a split of heads work on them as they came, where they are turned in front and back behind it."""
+    for node in [*model.graph]:
+        if node.op_type not in (*_KINDS["norm"][:3], "Split") or not _is_over_last(node):
+            continue
+        turn = made_by(node.inputs[0], "Transpose")
+        users = [user for value in node.outputs for user in value.consumers()]
+        kept = any(value.is_graph_output() for value in node.outputs)
+        if turn is None or permutation(turn) != _HEADS or len(turn.outputs[0].uses()) != 1 or kept or not users:
+            continue
+        if any(user.op_type != "Transpose" or permutation(user) != _HEADS for user in users):
+            continue
+        node.replace_input_with(0, turn.inputs[0])
+        for value in node.outputs:
+            value.shape = None if value.shape is None else ir.Shape([value.shape[axis] for axis in _HEADS])
+        for user in users:
+            assert user.inputs[0] is not None
+            replace(user.outputs[0], user.inputs[0])
+    RemoveUnusedNodesPass()(model)
+
+
+def _is_over_last(node: ir.Node) -> bool:
+    rank = len(node.inputs[0].shape or ()) if node.inputs[0] is not None else 0
+    return node.attributes.get_int("axis", 0 if node.op_type == "Split" else -1) in (-1, rank - 1)
 
 
 def _is_cube(node: ir.Node) -> bool:

@@ -78,6 +78,7 @@ class Fuse(GraphPass[FuseParams]):
                 positions = _positions(model.facts.config)
                 report = fuse_for_onnxruntime(model.graph, positions=positions, left_padded=left_padded)
             result.metrics = {f"{kind}_count": count for kind, count in report.counts.items()}
+            result.changed = report.matched
             result.skipped = [Skip(name, reason) for name, reason in report.left]
         elif target == "edge":
             result.notes = ["standard operators alone: nothing is fused"]

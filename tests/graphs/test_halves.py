@@ -12,7 +12,8 @@ from helpers import build, recipe
 from llmopt.core.errors import LlmoptError
 from llmopt.graphs.attention import spell_out
 from llmopt.graphs.fusion import fuse_for_onnxruntime
-from llmopt.graphs.halves import FULL, HALF, to_halves
+from llmopt.graphs.half_limits import FULL, HALF
+from llmopt.graphs.halves import to_halves
 from llmopt.graphs.running import made_up, outputs
 from llmopt.graphs.shapes import infer_shapes
 from running import names, written
