@@ -167,13 +167,14 @@ class Distill(ModelPass[DistillParams]):
     """
 
     name = "distill"
+    needs = frozenset({Need.GRADIENTS, Need.TEACHER})
     # Learning does not see activations rounded, and would make another model than the one that was calibrated.
     not_after = frozenset({"quantize-activations", "quantize-kv"})
     Params = DistillParams
 
     def requires(self) -> frozenset[Need]:
         """Return that a teacher is needed, unless the text alone is learnt from."""
-        return frozenset({Need.TEACHER} if self.params.losses_need_teacher else ()) | {Need.GRADIENTS}
+        return self.needs if self.params.losses_need_teacher else self.needs - {Need.TEACHER}
 
     def teacher(self) -> str | None:
         """Return the named teacher."""
@@ -254,6 +255,13 @@ class Distill(ModelPass[DistillParams]):
                 where=f"{where}: {', '.join(sorted(set(losses) & {'hidden', 'relation', 'cosine'}))} need the teacher",
                 hint="leave `cache` out",
             )
+        vocabulary = (facts.config.get("text_config") or facts.config).get("vocab_size")
+        if self.params.cache is not None and isinstance(vocabulary, int) and self.params.top_k > vocabulary:
+            raise UsageError(
+                f"{self.params.top_k} tokens of each answer are more than there are",
+                where=f"{where}: its vocabulary has {vocabulary}",
+                hint=f"use --top-k {min(64, vocabulary)}",
+            )
 
     def check_teacher(self, facts: ModelFacts, teacher: ModelFacts, *, same_vocabulary: bool) -> None:
         """Refuse a teacher of another kind, or with another vocabulary."""
@@ -275,7 +283,8 @@ class Distill(ModelPass[DistillParams]):
                 where=f"pass `distill`: `{facts.source}` and `{teacher.source}`",
                 hint="let tokens be matched by their strings with --align-vocab, or use another teacher",
             )
-        if self.params.teacher is not None and "relation" in self.params.losses(facts):
+        if "relation" in self.params.losses(facts):
+            self._check_heads(facts)
             self._check_heads(teacher)
 
     def _check_heads(self, facts: ModelFacts) -> None:

@@ -166,6 +166,8 @@ def _release(accelerator: Accelerator) -> None:
     from accelerate.state import AcceleratorState
 
     accelerator.free_memory()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -158,7 +158,7 @@ class Loop:
         total = self._sum(total)
         norm = accelerator.clip_grad_norm_(self._parameters, self._settings.clip)
         if not (bool(torch.isfinite(total).all()) and (norm is None or math.isfinite(float(norm)))):
-            raise self._diverged(step, total, names)
+            raise self._diverged(step + 1, total.tolist(), names)
         for group in self._optimizer.param_groups:
             group["lr"] = rate_at(step, self._settings)
         self._optimizer.step()
@@ -196,6 +196,8 @@ class Loop:
         measured = self._measure()
         weights = self._settings.weights
         loss = sum(weights.get(name, 0.0) * value for name, value in measured.items())
+        if not all(map(math.isfinite, measured.values())):
+            raise self._diverged(progress.step, list(measured.values()), tuple(measured))
         progress.curve.append(
             {"step": progress.step, **{f"held_out_{name}": value for name, value in measured.items()}}
         )
@@ -227,12 +229,12 @@ class Loop:
         summed: Any = self._accelerator.reduce(tensor, "sum")
         return summed
 
-    def _diverged(self, step: int, total: Tensor, names: tuple[str, ...]) -> LlmoptError:
-        told = ", ".join(f"{name} {value:g}" for name, value in zip(names, total.tolist(), strict=True))
+    def _diverged(self, step: int, values: Sequence[float], names: tuple[str, ...]) -> LlmoptError:
+        told = ", ".join(f"{name} {value:g}" for name, value in zip(names, values, strict=True))
         every = self._settings.checkpoint_every
-        kept = "the last checkpoint is kept; " if every is not None and step >= every else ""
+        kept = "the last checkpoint is kept; " if every is not None and step > every else ""
         return LlmoptError(
-            f"the loss is NaN or infinite at step {step + 1}",
-            where=f"pass `distill`: {told}, learning rate {rate_at(step, self._settings):.3g}",
+            f"the loss is NaN or infinite at step {step}",
+            where=f"pass `distill`: {told}, learning rate {rate_at(max(0, step - 1), self._settings):.3g}",
             hint=f"{kept}use a smaller --learning-rate, a longer --warmup, or --precision float32",
         )

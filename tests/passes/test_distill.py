@@ -44,7 +44,7 @@ def encoders(tmp_path_factory):
 @pytest.fixture
 def lines(tmp_path):
     path = tmp_path / "lines.txt"
-    path.write_text("".join(f"{LINES[number % 3]} {number}\n" for number in range(90)))
+    path.write_text("".join(f"{number} {LINES[number % 3]}\n" for number in range(90)))
     return path
 
 
@@ -348,6 +348,7 @@ class TestRefusals:
         assert "for encoders" in self.refused(family("llama"), text, relation=1)
         assert "no embeddings" in self.refused(family("llama"), text, cosine=1)
         assert "weight 0" in self.refused(family("llama"), text, kl=0)
+        assert "more than there are" in self.refused(family("llama"), text, cache="cache", top_k=273)
         assert "only answers are cached" in self.refused(family("llama"), text, hidden=1, cache="cache")
 
     def test_teachers_of_another_kind(self, family, text, encoders):
