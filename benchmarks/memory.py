@@ -121,8 +121,8 @@ def run_peer(tool: str, model: Path, method: str) -> dict[str, float]:
     python = next(ENGINES / name for name in ("gptqmodel", "llm-compressor") if tool.startswith(name))
     with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
         text, out = write_text(Path(scratch)), Path(scratch) / "out"
-        command = [str(python / "bin" / "python"), str(WORKER), tool, method, str(model)]
-        return measure([*command, "--text", str(text), "--out", str(out)], threads=1)
+        command = [str(python / "bin" / "python"), str(WORKER), tool, method, str(model.resolve())]
+        return measure([*command, "--text", str(text.resolve()), "--out", str(out.resolve())], 1, Path(scratch))
 
 
 def write_text(folder: Path) -> Path:
@@ -131,11 +131,13 @@ def write_text(folder: Path) -> Path:
     return text
 
 
-def measure(command: list[str], threads: int) -> dict[str, float]:
-    """Run a command; return its peak memory and times."""
+def measure(command: list[str], threads: int, folder: Path | None = None) -> dict[str, float]:
+    """Run a command, in a folder; return its peak memory and times."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     started = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert process.stdout is not None
     output = process.stdout.read()
     _, status, used = os.wait4(process.pid, 0)

@@ -12,8 +12,8 @@ Two figures, because one different token changes all that follow: the share of t
 the share that the reference would have chosen in the same context. The largest gap says how far, in logits, a token of
 the engine lies behind the reference's choice: near ties fall either way when an engine computes in half precision.
 "log p" is the median difference of the logarithms of the probabilities that engine and reference give the engine's
-tokens, in the same context; "itself" the tokens that the second reference keeps when what it rounds is changed by one
-part in a million, which any other order of summation does (median of three). Loading takes a minute or two each.
+tokens, in the same context; "itself" the tokens that the second reference keeps when what it rounds is changed by what
+the engine's dtype changes it by (median of three). Loading takes a minute or two each.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from vllm_arithmetic import simulate  # noqa: E402
 
 ENGINE = ROOT / ".build" / "engines" / "vllm" / "bin" / "python"
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 32, 32
+ERRORS = {"float32": 1e-6, "float16": 3e-4, "bfloat16": 1e-3}
+"""Relative errors of an activation: another order of summation in float32, half a bit otherwise, root mean square."""
 
 
 @dataclass(frozen=True)
@@ -221,15 +223,15 @@ def measure(model: Path, case: Case, prompts: list[list[int]], folder: Path) -> 
     row |= compare(reference, prompts, answer)
     if case.rounds:
         row["simulated"] = compare(simulate(folder / "artifact"), prompts, answer) | {
-            "itself": steadiness(folder / "artifact", prompts)
+            "itself": steadiness(folder / "artifact", prompts, ERRORS[case.dtype])
         }
     return row
 
 
-def steadiness(artifact: Path, prompts: list[list[int]]) -> float:
-    """Return the share of tokens that the simulation keeps under errors of float32's size, median of three."""
+def steadiness(artifact: Path, prompts: list[list[int]], noise: float) -> float:
+    """Return the share of tokens that the simulation keeps under a relative error, median of three."""
     still = greedy(simulate(artifact), prompts)
-    return median(share(still, greedy(simulate(artifact, noise=1e-6, seed=seed), prompts)) for seed in range(3))
+    return median(share(still, greedy(simulate(artifact, noise=noise, seed=seed), prompts)) for seed in range(3))
 
 
 COLUMNS = (
