@@ -22,5 +22,5 @@ install llm-compressor llmcompressor==0.14.0.1 "$torch"
 install gptqmodel gptqmodel==7.7.0
 for name in llm-compressor gptqmodel; do
   .build/engines/$name/bin/python -m pip list 2>/dev/null |
-    grep -iE "^(llmcompressor|compressed-tensors|gptqmodel|torch|transformers) "
+    grep -iE "^(llmcompressor|compressed.tensors|gptqmodel|torch|transformers) "
 done
