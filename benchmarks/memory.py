@@ -1,12 +1,15 @@
 """Peak memory and time of quantizing a model that one would rather not hold in memory.
 
-    python benchmarks/memory.py [--layers 22] [--methods rtn gptq] [--threads 1 2] [--curve] [--times 3] [--json FILE]
+    python benchmarks/memory.py [--layers 22] [--methods rtn gptq] [--threads 1 2] [--curve] [--times 3] [--peers]
+                                [--json FILE]
 
 Makes a random bfloat16 Llama of 1.1 billion parameters (hidden 2048, 22 layers, MLP 5632, 32 heads, 4 key/value heads,
 vocabulary 32000; 2.2 GB on disk) and runs `llmopt quantize` on it in a process of its own, w4 group 128, 8 windows of
 256 tokens for GPTQ. Peak memory is the process's largest resident set (`ru_maxrss`), the interpreter's share included.
 `--curve` repeats it with 4, 8 and 16 layers: memory should not follow the number of layers, time should. `--times 3`
-takes three times as many layers. What `llmopt plan` predicts stands beside what was measured.
+takes three times as many layers. What `llmopt plan` predicts stands beside what was measured. `--peers` runs the other
+tools behind ours, on the same model and text, with one thread (engines/quantization_peers.sh sets them up; `--repeats`
+takes as many turns); what stands in brackets is a multiple of ours in the same turn.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,6 +30,13 @@ from typing import Any
 from machine import describe
 
 HIDDEN, MLP, HEADS, KV_HEADS, VOCABULARY, LAYERS = 2048, 5632, 32, 4, 32000, 22
+ENGINES = Path(__file__).parents[1] / ".build" / "engines"
+WORKER = Path(__file__).parent / "engines" / "quantize_worker.py"
+PEERS = {
+    "rtn": ("llm-compressor", "llm-compressor-model-free"),
+    "gptq": ("llm-compressor", "gptqmodel", "llm-compressor-disk"),
+}
+"""The tools that have a method, by their names in quantize_worker.py."""
 TEXT = "The quick brown fox jumps over the lazy dog, {} times a day, and nobody knows why. "
 
 
@@ -96,31 +107,69 @@ def write_tokenizer(folder: Path) -> None:
 def run(model: Path, method: str, threads: int) -> dict[str, float]:
     """Quantize in a process of its own; return its peak memory and times."""
     with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
-        text = Path(scratch) / "text.txt"
-        text.write_text("".join(TEXT.format(number) for number in range(2000)))
+        text = write_text(Path(scratch))
         command = [sys.executable, "-m", "llmopt", "quantize", str(model), "-o", str(Path(scratch) / "out")]
         command += ["--method", method, "--group-size", "128"]
         if method != "rtn":
             command += ["--calibration", str(text), "--samples", "8", "--length", "256"]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         plan = subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True)
-        predicted = json.loads(plan.stdout)["peak_bytes"]
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert process.stdout is not None
-        output = process.stdout.read()
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        if status:
-            raise SystemExit(output)
+        return {**measure(command, threads), "predicted_gib": json.loads(plan.stdout)["peak_bytes"] / 2**30}
+
+
+def run_peer(tool: str, model: Path, method: str) -> dict[str, float]:
+    """Quantize with another tool, in its own environment; see `run`."""
+    python = next(ENGINES / name for name in ("gptqmodel", "llm-compressor") if tool.startswith(name))
+    with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
+        text, out = write_text(Path(scratch)), Path(scratch) / "out"
+        command = [str(python / "bin" / "python"), str(WORKER), tool, method, str(model.resolve())]
+        return measure([*command, "--text", str(text.resolve()), "--out", str(out.resolve())], 1, Path(scratch))
+
+
+def write_text(folder: Path) -> Path:
+    text = folder / "text.txt"
+    text.write_text("".join(TEXT.format(number) for number in range(2000)))
+    return text
+
+
+def measure(command: list[str], threads: int, folder: Path | None = None) -> dict[str, float]:
+    """Run a command, in a folder; return its peak memory and times."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(output)
     return {
-        "seconds": seconds,
+        "seconds": time.perf_counter() - started,
         "cpu_seconds": used.ru_utime + used.ru_stime,
         "peak_gib": used.ru_maxrss / 2**20,
-        "predicted_gib": predicted / 2**30,
     }
+
+
+def turn(model: Path, method: str, threads: int, peers: bool) -> Iterator[dict[str, Any]]:
+    """Run ours, and behind it the others that have the method; each multiple is of ours."""
+    ours = run(model, method, threads)
+    yield {"tool": "llmopt", **ours}
+    for tool in PEERS.get(method, ()) if peers else ():
+        theirs = run_peer(tool, model, method)
+        yield {"tool": tool, **theirs, "multiples": {name: theirs[name] / ours[name] for name in theirs}}
+
+
+def show(row: dict[str, Any]) -> str:
+    """Return a line of the table."""
+
+    def cell(name: str, form: str) -> str:
+        multiple = f" ({row['multiples'][name]:.2f})" if "multiples" in row else ""
+        return f"{row[name]:{form}}{multiple}"
+
+    predicted = f"{row['predicted_gib']:.2f}" if "predicted_gib" in row else ""
+    cells = [row["method"], str(row["layers"]), row["tool"], f"{row['gigabytes']:.2f}", str(row["threads"])]
+    cells += [cell("peak_gib", ".2f"), predicted, cell("seconds", ".0f"), cell("cpu_seconds", ".0f")]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -131,14 +180,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--curve", action="store_true", help="also 4, 8 and 16 layers")
     parser.add_argument("--times", type=int, metavar="N", help="also N times as many layers")
+    parser.add_argument("--peers", action="store_true", help="run the other tools too; with one thread")
+    parser.add_argument("--repeats", type=int, default=1, help="turns of ours and the peers")
     parser.add_argument("--folder", type=Path, help="where to keep the models between runs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.peers and args.threads != [1]:
+        parser.error("--peers runs with one thread")
     layers = {*args.layers, *((4, 8, 16) if args.curve else ())}
     layers |= {args.times * max(args.layers)} if args.times else set()
     print(f"{describe()}\n")
-    print("| method | layers | size GB | threads | peak GiB | predicted | seconds | CPU seconds |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| method | layers | tool | size GB | threads | peak GiB | predicted | seconds | CPU seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for method, count, threads in product(args.methods, sorted(layers), args.threads):
@@ -150,13 +203,10 @@ def main() -> None:
                 making.join()
             size = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e9
             shape = {"method": method, "layers": count, "gigabytes": size, "threads": threads}
-            row = {**shape, **run(model, method, threads)}
-            rows.append(row)
-            print(
-                f"| {method} | {count} | {size:.2f} | {threads} | {row['peak_gib']:.2f} | {row['predicted_gib']:.2f} "
-                f"| {row['seconds']:.0f} | {row['cpu_seconds']:.0f} |",
-                flush=True,
-            )
+            for _ in range(args.repeats):
+                for row in turn(model, method, threads, args.peers):
+                    rows.append({**shape, **row})
+                    print(show(rows[-1]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -5,12 +5,15 @@
 
 Each artifact is built by `llmopt run` (rtn, so no calibration), loaded in vLLM, and continues 20 prompts by 32 tokens.
 The reference is the same quantized model, dequantized (format plain), in transformers, in float32; where the artifact
-says that activations are rounded, the artifact itself there, which rounds them too.
+says that activations are rounded, the artifact itself there, which rounds them too. For those there is a second
+reference, which rounds as the engine's kernels do (vllm_arithmetic.py): what it explains is the engine's own way.
 
 Two figures, because one different token changes all that follow: the share of tokens that are the reference's own, and
 the share that the reference would have chosen in the same context. The largest gap says how far, in logits, a token of
 the engine lies behind the reference's choice: near ties fall either way when an engine computes in half precision.
-Loading takes a minute or two each.
+"log p" is the median difference of the logarithms of the probabilities that engine and reference give the engine's
+tokens, in the same context; "itself" the tokens that the second reference keeps when what it rounds is changed by what
+the engine's dtype changes it by (median of three). Loading takes a minute or two each.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -36,9 +40,12 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from machine import describe  # noqa: E402
+from vllm_arithmetic import simulate  # noqa: E402
 
 ENGINE = ROOT / ".build" / "engines" / "vllm" / "bin" / "python"
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 32, 32
+ERRORS = {"float32": 1e-6, "float16": 3e-4, "bfloat16": 1e-3}
+"""Relative errors of an activation: another order of summation in float32, half a bit otherwise, root mean square."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +102,22 @@ CASES = [
         w(8, "channel"),
         {"scale": "tensor", "symmetric": False},
     ),
-    Case("w4a8 g32, bfloat16", "compressed-tensors", "bfloat16", w(4, 32), {}),
-    Case("w8a8-fp8 token, bfloat16", "compressed-tensors", "bfloat16", {"number": "fp8"}, {"number": "fp8"}),
+    *(
+        Case(f"{name}, {dtype}", "compressed-tensors", dtype, grid, inputs)
+        for name, grid, inputs in (
+            ("w4a8 g32", w(4, 32), {}),
+            ("w8a8-fp8 token", {"number": "fp8"}, {"number": "fp8"}),
+            ("w8a8-fp8 tensor", {"number": "fp8"}, {"number": "fp8", "scale": "tensor"}),
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
     Case("fp8, bfloat16", "compressed-tensors", "bfloat16", {"number": "fp8"}),
     Case("nvfp4, bfloat16", "compressed-tensors", "bfloat16", {"number": "nvfp4"}),
     Case("mxfp4, bfloat16", "compressed-tensors", "bfloat16", {"number": "mxfp4"}),
-    Case("w4 g32 kv fp8, bfloat16", "compressed-tensors", "bfloat16", w(4, 32), cache="fp8"),
+    *(
+        Case(f"w4 g32 kv fp8, {dtype}", "compressed-tensors", dtype, w(4, 32), cache="fp8")
+        for dtype in ("float16", "bfloat16")
+    ),
     Case("compressed-tensors w4 channel, float16", "compressed-tensors", "float16", w(4, "channel")),
 ]
 
@@ -142,8 +159,16 @@ def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     return [row[PROMPT_TOKENS:] for row in rows]
 
 
-def compare(model: Any, prompts: list[list[int]], tokens: list[list[int]]) -> dict[str, Any]:
+def share(own: list[list[int]], tokens: list[list[int]]) -> float:
+    """Return the share of equal tokens."""
+    return sum(a == b for x, y in zip(own, tokens, strict=True) for a, b in zip(x, y, strict=True)) / (
+        PROMPTS * NEW_TOKENS
+    )
+
+
+def compare(model: Any, prompts: list[list[int]], answer: dict[str, Any]) -> dict[str, Any]:
     """Compare an engine's tokens with the reference's."""
+    tokens = answer["tokens"]
     own = greedy(model, prompts)
     rows = [prompt + made for prompt, made in zip(prompts, tokens, strict=True)]
     logits = logits_of(model, rows)[:, PROMPT_TOKENS - 1 : -1]
@@ -154,12 +179,13 @@ def compare(model: Any, prompts: list[list[int]], tokens: list[list[int]]) -> di
         for a, b in zip(own, tokens, strict=True)
     ]
     gaps = behind.reshape(len(tokens), -1)
+    surprise = logits.log_softmax(-1).gather(-1, chosen).squeeze(-1) - torch.tensor(answer["logprobs"])
     return {
-        "same": sum(a == b for x, y in zip(own, tokens, strict=True) for a, b in zip(x, y, strict=True))
-        / (PROMPTS * NEW_TOKENS),
+        "same": share(own, tokens),
         "prompts_same": sum(first is None for first in firsts),
         "likeliest": float((behind == 0).float().mean()),
         "worst_gap": float(behind.max()),
+        "logp": float(surprise.abs().median()),
         "first_gaps": [round(float(gaps[row, at]), 5) for row, at in enumerate(firsts) if at is not None],
     }
 
@@ -194,24 +220,48 @@ def measure(model: Path, case: Case, prompts: list[list[int]], folder: Path) -> 
         reference = load(folder / "artifact").model
     else:
         reference = AutoModelForCausalLM.from_pretrained(folder / "plain", dtype=torch.float32).eval()
-    return row | compare(reference, prompts, answer["tokens"])
+    row |= compare(reference, prompts, answer)
+    if case.rounds:
+        row["simulated"] = compare(simulate(folder / "artifact"), prompts, answer) | {
+            "itself": steadiness(folder / "artifact", prompts, ERRORS[case.dtype])
+        }
+    return row
+
+
+def steadiness(artifact: Path, prompts: list[list[int]], noise: float) -> float:
+    """Return the share of tokens that the simulation keeps under a relative error, median of three."""
+    still = greedy(simulate(artifact), prompts)
+    return median(share(still, greedy(simulate(artifact, noise=noise, seed=seed), prompts)) for seed in range(3))
+
+
+COLUMNS = (
+    *("model", "artifact", "computed in", "same tokens", "same prompts"),
+    *("reference's choice in context", "largest gap", "log p"),
+    *("engine's arithmetic: same tokens", "in context", "log p", "itself"),
+)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | artifact | computed in | same tokens | same prompts | reference's choice in context | largest gap |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{' --- |' * len(COLUMNS)}",
     ]
     for row in rows:
         head = f"| {row['model']} | {row['artifact']} | {row['dtype']} |"
         if "error" in row:
-            lines.append(f"{head} not run: {' '.join(row['error'].split())[:300].replace('|', '/')} | | | |")
+            lines.append(f"{head} not run: {' '.join(row['error'].split())[:300].replace('|', '/')} |{' |' * 8}")
         else:
             lines.append(
                 f"{head} {row['same']:.1%} | {row['prompts_same']} of {PROMPTS} | {row['likeliest']:.2%} | "
-                f"{row['worst_gap']:.4f} |"
+                f"{row['worst_gap']:.4f} | {row['logp']:.6f} | {_simulated(row.get('simulated'))} |"
             )
     return "\n".join(lines)
+
+
+def _simulated(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return " | | | "
+    return f"{row['same']:.1%} | {row['likeliest']:.2%} | {row['logp']:.6f} | {row['itself']:.1%}"
 
 
 def main() -> None:

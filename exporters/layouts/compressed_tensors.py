@@ -206,8 +206,21 @@ class CompressedTensors(Layout):
 
     def notes(self, model: ExportableModel) -> list[str]:
         """Say what engines do not do with the artifact."""
-        caches = {cache.number for cache in model.caches.values()}
-        return ["vLLM reads scales of keys and values in fp8 only, not int8"] if "int8" in caches else []
+        made: list[str] = []
+        if any(cache.number == "int8" for cache in model.caches.values()):
+            made.append("vLLM reads scales of keys and values in fp8 only, not int8")
+        if any(_loses_scales(model, name, inputs) for name, inputs in model.inputs.items()):
+            made.append(
+                "vLLM's CPU build rounds the scales of 4-bit groups beside int8 inputs to bfloat16: `cast` the model "
+                "to it first, and nothing is lost"
+            )
+        return made
+
+
+def _loses_scales(model: ExportableModel, layer: str, inputs: QuantizedInput) -> bool:
+    grid, dtype = model.quantized[layer], model.tensor_specs()[f"{layer}.weight"][0]
+    grouped = grid.number == "int" and grid.bits == 4 and isinstance(grid.group_size, int)
+    return grouped and inputs.grid.number == "int8" and dtype != "bfloat16"
 
 
 def format_of(grid: Grid, inputs: QuantizedInput | ActivationGrid | None) -> str:

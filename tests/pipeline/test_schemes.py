@@ -72,6 +72,23 @@ def test_transformers_computes_what_we_do(family, text, tmp_path, passes, form):
     assert parity.max_difference < 1e-3
 
 
+@pytest.mark.parametrize("passes", [(INT8, TOKEN), (INT8, FIXED), ({"rtn": {"bits": 4, "group_size": 32}}, TOKEN)])
+def test_in_half_precision_the_reader_may_round_some_activations_the_other_way(family, text, tmp_path, passes):
+    manifest = build(recipe(family("llama", dtype="bfloat16"), *steps(*passes), data=text), tmp_path / "made")
+    parity = manifest.exports[0].verification
+    assert parity.weights_equal
+    assert parity.mean_kl < 0.01
+
+
+@pytest.mark.parametrize(
+    ("group_size", "dtype", "told"), [(32, "float32", True), (32, "bfloat16", False), ("channel", "float32", False)]
+)
+def test_a_note_tells_when_vllm_rounds_the_scales_of_groups(family, text, tmp_path, group_size, dtype, told):
+    one = recipe(family("llama", dtype=dtype), *steps({"rtn": {"bits": 4, "group_size": group_size}}, TOKEN), data=text)
+    notes = build(one, tmp_path / "made").exports[0].notes
+    assert any("bfloat16" in note and "vLLM" in note for note in notes) == told
+
+
 def test_blocks_of_128_by_128(family, text, tmp_path):
     manifest, config, tensors = made(
         family,
