@@ -243,6 +243,19 @@ def test_families(name: str, engine: str, family: Callable[[str], Path], tmp_pat
     )  # its routers change their minds
 
 
+@pytest.mark.parametrize(("name", "symmetric"), [("gpt2", True), ("bert", False)])
+def test_codes_of_4_bits_are_read_back_from_openvino(
+    name: str, symmetric: bool, family: Callable[[str], Path], tmp_path: Path
+):
+    pytest.importorskip("openvino")
+    params = {"bits": 4, "embeddings": 4, "symmetric": symmetric, "max_drop": 0.2}
+    made = recipe(family(name), ("quantize-weights", params), export=("openvino", {}))
+    verification = build(made, tmp_path / "out").exports[0].verification
+    assert verification is not None
+    assert verification.passed
+    assert verification.weights_equal is True
+
+
 def test_codes_of_torch_passes_stay(family: Callable[[str], Path], tmp_path: Path):
     steps = [("rtn", {"bits": 4, "group_size": 32, "clip": "none"}), ("quantize-weights", {"clip": "mse"})]
     manifest = build(recipe(family("llama"), *steps, export=ONNX), tmp_path / "both")
