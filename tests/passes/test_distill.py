@@ -130,6 +130,13 @@ class TestLearning:
         source = load_file(family(name, **fewer) / "model.safetensors")
         assert {key: one.shape for key, one in tensors.items()} == {key: one.shape for key, one in source.items()}
 
+    def test_what_learnt_can_be_quantized(self, student, family, text, tmp_path):
+        learn = ("distill", {"teacher": str(family("llama")), **FAST})
+        manifest = build(recipe(student, learn, ("gptq", {"bits": 4, "group_size": 32}), data=text), tmp_path / "out")
+        assert manifest.exports[0].verification.weights_equal
+        assert [one.name for one in manifest.passes] == ["distill", "gptq"]
+        assert len(manifest.passes[1].changed) == 7
+
     def test_a_classifier_learns_from_its_teachers_answers(self, family, lines, tmp_path):
         one = family("bert", num_hidden_layers=1)
         record, _ = taught(one, tmp_path / "out", family("bert"), lines)

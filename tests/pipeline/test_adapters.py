@@ -110,3 +110,20 @@ def test_refusals(family, tuned, tmp_path):
     with pytest.raises(UsageError, match="exists already"):
         extracted(model, base, tmp_path / "adapter", rank=2)
     extracted(model, base, tmp_path / "adapter", rank=2, force=True)
+
+
+def test_what_rounding_took_can_stand_beside_a_rounded_model(family, tmp_path):
+    """The error of rounding, as an adapter: the rounded model with it answers nearer to the original."""
+    original = family("llama")
+    plain = ("safetensors", {"format": "plain"})
+    build(recipe(original, ("rtn", {"bits": 3, "group_size": 32}), export=plain), tmp_path / "rounded")
+    report = extracted(original, tmp_path / "rounded", tmp_path / "repair", rank=24)
+    assert 0.1 < report["error_max_ratio"] < 0.9
+    ids = torch.tensor(random_rows(4, 16))
+    with torch.no_grad():
+        expected = transformers.AutoModelForCausalLM.from_pretrained(original)(ids).logits
+        rounded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "rounded")
+        before = float((rounded(ids).logits - expected).square().mean())
+        repaired = PeftModel.from_pretrained(rounded, tmp_path / "repair")
+        after = float((repaired(ids).logits - expected).square().mean())
+    assert after < 0.7 * before
