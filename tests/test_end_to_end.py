@@ -330,3 +330,18 @@ def test_importing_the_package_is_light():
 )
 def test_nothing_heavy_is_loaded(arguments):
     assert loaded_by(MAIN, *arguments) == []
+
+
+def test_the_example_of_a_smaller_model(tmp_path, monkeypatch):
+    """A layer less, most of what that cost won back, four bits, and an engine that generates."""
+    monkeypatch.chdir(TINY.parents[1])
+    llmopt("run", "examples/smaller.yaml", "-o", tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "llmopt.json").read_text())
+    depth, learnt, rounded = manifest["passes"]
+    assert depth["metrics"]["dropped_blocks_count"] == 1
+    before, after = (learnt["metrics"][f"held_out_kl_{when}_nats"] for when in ("before", "after"))
+    assert after < 0.4 * before
+    assert len(rounded["changed"]) == 7 * 3
+    assert manifest["exports"][0]["verification"]["passed"]
+    source = (TINY / "model.safetensors").stat().st_size
+    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("model.onnx*")) < 0.3 * source
