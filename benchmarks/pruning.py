@@ -29,7 +29,7 @@ WIDTHS: dict[str, Passes] = {
     f"{what} {amount}, {importance}, {'refit' if refit else 'as they are'}": (
         ("prune-width", {what: amount, "importance": importance, "refit": refit}),
     )
-    for what, amount in (("mlp", "30%"), ("heads", 1))
+    for what, amount in (("mlp", "30%"), ("heads", "50%"))
     for importance in ("activation", "contribution")
     for refit in (False, True)
 }

@@ -348,12 +348,15 @@ class ModelHandle(Protocol):
         """
         ...
 
-    def channels(self, kinds: Sequence[WidthKind], *, seed: int) -> Channels:
+    def channels(
+        self, kinds: Sequence[WidthKind], *, seed: int, keep: Callable[[WidthKind, int], int] | None = None
+    ) -> Channels:
         """Return the units of some kinds that the model may lose, proven to be what they seem.
 
         Args:
             kinds: which.
             seed: of the token ids that the proof is made with.
+            keep: gives how many units of a kind, of so many, will stay; config.json must be able to hold that number.
 
         Raises:
             UsageError: a kind cannot be pruned in this architecture; it says what stands in the way.

@@ -127,7 +127,7 @@ def _rewrite(model: ir.Model, full: Mapping[ir.Node, str], *, keep_io: bool) -> 
         wanted = dict.fromkeys(wanted, HALF)
     for value in model.graph.inputs:
         if value.dtype == FULL and not keep_io:
-            value.dtype = HALF
+            _retype(value)
     for node in nodes:
         if node not in full:
             _halve(node, model)
@@ -147,19 +147,24 @@ def _halve(node: ir.Node, model: ir.Model) -> None:
     if node.op_type == "Cast":
         if node.attributes.get_int("to", 0) == FULL:
             node.attributes["to"] = ir.AttrInt64("to", int(HALF))
-            node.outputs[0].dtype = HALF
+            _retype(node.outputs[0])
         return
     if node.op_type == "ConstantOfShape":
         filled = node.attributes.get("value")
         number = np.zeros(1, np.float32) if filled is None else filled.as_tensor().numpy()
         if number.dtype == np.float32:
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(number.astype(np.float16)))
-            node.outputs[0].dtype = HALF
+            _retype(node.outputs[0])
         return
     schema, variables = schema_of(node, model), half_variables(node, model)
     for place, value in enumerate(node.outputs):
         if value.dtype == FULL and schema is not None and formal_type(schema.outputs, place) in variables:
-            value.dtype = HALF
+            _retype(value)
+
+
+def _retype(value: ir.Value) -> None:
+    """Say that a value is float16, by a type of its own: copies of a graph share those."""
+    value.type = ir.TensorType(HALF)
 
 
 def _needs_half(node: ir.Node, model: ir.Model) -> Callable[[int], bool]:

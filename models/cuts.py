@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _STEP = 8
 
+Keep = Callable[[WidthKind, int], int]
+"""Gives how many units of a kind, of so many, will stay."""
+
 
 @dataclass(frozen=True, slots=True)
 class Size:
@@ -33,13 +36,14 @@ class Size:
     units: int | None
     settings: Callable[[int], dict[str, Any]]
 
-    @property
-    def probe(self) -> int:
-        """Another number of them."""
+    def probe(self, keep: Keep | None) -> int:
+        """Return another number of them: the one that is wanted, where that is known."""
         if self.units is None:
             return 8 * _STEP
+        if keep is not None:
+            return keep(self.kind, self.units)
         if self.kind == "heads":
-            return self.units - 1
+            return max(1, self.units // 2)
         return self.units - _STEP if self.units > _STEP else self.units + _STEP
 
 

@@ -117,11 +117,13 @@ class TorchModel:
 
         return without_blocks(self, dropped, seed=seed)
 
-    def channels(self, kinds: Sequence[WidthKind], *, seed: int) -> Channels:
+    def channels(
+        self, kinds: Sequence[WidthKind], *, seed: int, keep: Callable[[WidthKind, int], int] | None = None
+    ) -> Channels:
         """Return the units that the model may lose; see `core.model.ModelHandle`."""
         from .width import channels
 
-        return channels(self, kinds, seed=seed)
+        return channels(self, kinds, seed=seed, keep=keep)
 
     @property
     def folder(self) -> Path:

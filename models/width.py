@@ -19,7 +19,7 @@ from torch import nn
 from ..core.errors import UsageError
 from ..core.model import ChannelSet, WidthKind
 from ..core.sizes import group_setting, head_setting, head_size_setting, hidden_setting, mlp_settings
-from .cuts import Axis, Channels, Cut, Size, nested_settings
+from .cuts import Axis, Channels, Cut, Keep, Size, nested_settings
 from .producers import same
 from .reference import streamed_outputs
 from .skeleton import CONFIG_ERRORS, Skeleton, empty_model
@@ -34,7 +34,7 @@ _LAYOUTS = 8
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
-def channels(model: TorchModel, kinds: Sequence[WidthKind], *, seed: int) -> Channels:
+def channels(model: TorchModel, kinds: Sequence[WidthKind], *, seed: int, keep: Keep | None = None) -> Channels:
     """Return the units that a model may lose; see `core.model.ModelHandle`."""
     skeleton = model.skeleton()
     if skeleton.model.main_input_name != "input_ids":
@@ -44,7 +44,7 @@ def channels(model: TorchModel, kinds: Sequence[WidthKind], *, seed: int) -> Cha
         )
     found = Channels((), {}, {})
     for kind in kinds:
-        one = _found(model, skeleton, kind, seed)
+        one = _found(model, skeleton, kind, seed, keep)
         found.sets += one.sets
         found._sizes |= one._sizes
         found._group_size |= one._group_size
@@ -53,9 +53,9 @@ def channels(model: TorchModel, kinds: Sequence[WidthKind], *, seed: int) -> Cha
     return found
 
 
-def _found(model: TorchModel, skeleton: Skeleton, kind: WidthKind, seed: int) -> Channels:
+def _found(model: TorchModel, skeleton: Skeleton, kind: WidthKind, seed: int, keep: Keep | None) -> Channels:
     sizes = list(_sizes(skeleton, kind))
-    groups = {size.name: _axes(model, skeleton, size) for size in sizes}
+    groups = {size.name: _axes(model, skeleton, size, keep) for size in sizes}
     groups = {name: axes for name, axes in groups.items() if axes}
     if not groups:
         raise _refusal(skeleton, kind, f"no weight follows {' or '.join(size.name for size in sizes) or 'a setting'}")
@@ -109,9 +109,10 @@ def _repeats(skeleton: Skeleton) -> tuple[int, int]:
     return heads[1] // (heads[1] if groups is None else groups[1]), size[1]
 
 
-def _axes(model: TorchModel, skeleton: Skeleton, size: Size) -> list[Axis]:
+def _axes(model: TorchModel, skeleton: Skeleton, size: Size, keep: Keep | None) -> list[Axis]:
     """Return the axes that follow a size, each taken to be one part."""
-    tree = _tree(model, skeleton, size)
+    probe = size.probe(keep)
+    tree = _tree(model, skeleton, size, probe)
     before, after = _shapes(skeleton, skeleton.model), _shapes(skeleton, tree)
     if before.keys() != after.keys():
         raise _refusal(skeleton, size.kind, f"another `{size.name}` makes a model of other parameters")
@@ -125,28 +126,33 @@ def _axes(model: TorchModel, skeleton: Skeleton, size: Size) -> list[Axis]:
         return []
     units = size.units
     if units is None:  # the architecture's own number: the least that follows
-        units = min(old * size.probe // new for _, _, old, new in changed)
+        units = min(old * probe // new for _, _, old, new in changed)
     _check_factors(skeleton, tree, size)
     found: list[Axis] = []
     for name, axis, old, new in changed:
-        if old * size.probe != new * units or old % units:
+        if old * probe != new * units or old % units:
             raise _refusal(
                 skeleton,
                 size.kind,
-                f"`{name}` has {old} where `{size.name}` is {units}, and would have {new} where it is {size.probe}",
+                f"`{name}` has {old} where `{size.name}` is {units}, and would have {new} where it is {probe}",
             )
         found.append(Axis(name, axis, _group(skeleton, size, name), units, (old // units,)))
     return found
 
 
-def _tree(model: TorchModel, skeleton: Skeleton, size: Size) -> nn.Module:
+def _tree(model: TorchModel, skeleton: Skeleton, size: Size, probe: int) -> nn.Module:
     config = skeleton.config.to_dict()
-    config |= nested_settings(config, size.settings(size.probe))
+    config |= nested_settings(config, size.settings(probe))
     try:
         return empty_model(type(skeleton.config).from_dict(config), model.location, model.checkpoint)
     except (*CONFIG_ERRORS, UsageError) as error:
-        first = str(getattr(error, "where", None) or error).strip().splitlines()[0]
-        raise _refusal(skeleton, size.kind, f"config.json cannot hold another `{size.name}`: {first[:200]}") from None
+        said = " ".join(str(getattr(error, "where", None) or error).split())
+        raise _refusal(skeleton, size.kind, f"{size.name} cannot be {_count(size, probe)}: {said[:300]}") from None
+
+
+def _count(size: Size, units: int) -> int:
+    """Return what the setting of a size is for so many units."""
+    return int(size.settings(units).get(size.name, units))
 
 
 def _check_factors(skeleton: Skeleton, tree: nn.Module, size: Size) -> None:

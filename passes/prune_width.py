@@ -143,7 +143,9 @@ class PruneWidth(SurveyPass[PruneWidthParams]):
 
     def begin(self, model: ModelHandle, context: PassContext) -> None:
         """Find the axes that lose units, and prove them."""
-        self._channels = model.channels(self._kinds, seed=context.seed)
+        self._channels = model.channels(
+            self._kinds, seed=context.seed, keep=lambda kind, units: self._keep(kind, units, f"pass `{self.name}`")
+        )
         self._sets = {one.name: one for one in self._channels.sets}
         self._of_reader = {}
         for one in self._channels.sets:

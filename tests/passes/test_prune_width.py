@@ -40,9 +40,9 @@ OTHERS = {
 HEADS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "mixtral", "qwen3_moe")
 HIDDEN = ("llama", "qwen2", "qwen3", "mistral", "phi3", "mixtral", "qwen3_moe")
 REFUSED = {
-    ("gpt2", "heads"): "config.json cannot hold another `n_head`",
+    ("gpt2", "heads"): "no weight follows n_head",
     ("gpt2", "hidden"): "`transformer.h.0.attn.scaling` follows `n_embd`",
-    ("gpt_neox", "heads"): "config.json cannot hold another `num_attention_heads`",
+    ("gpt_neox", "heads"): "no weight follows num_attention_heads",
     ("bert", "hidden"): "follows `hidden_size`, and weights are scaled by it",
     ("gemma2", "hidden"): "`model.embed_tokens.scalar_embed_scale` follows `hidden_size`",
     ("t5", "heads"): "with units in another order it does not answer as before",
@@ -295,3 +295,14 @@ def test_narrow_floats_and_a_rotation_before(dtype, family, text, tmp_path):
     assert manifest.exports[0].verification.passed
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["hidden_size"], config["num_key_value_heads"], config["dtype"]) == (48, 1, dtype)
+
+
+def test_a_number_of_heads_that_config_json_cannot_hold_is_refused_before_the_sweep(family, text, tmp_path):
+    """transformers wants the hidden size to be a multiple of the heads, though each head has a size of its own."""
+    folder = family("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+    with pytest.raises(UsageError) as caught:
+        build(recipe(folder, ("prune-width", {"heads": 1}), data=text), tmp_path / "out")
+    assert "num_attention_heads cannot be 6" in caught.value.where
+    assert "multiple" in caught.value.where
+    manifest = build(recipe(folder, ("prune-width", {"heads": 2}), data=text), tmp_path / "out")
+    assert manifest.exports[0].verification.passed
