@@ -37,7 +37,7 @@ class PruneDepthParams(Params, frozen=True, kw_only=True):
             description="What tells which blocks matter least: how much they turn the hidden states (`influence`) or "
             "move what the model would answer to them (`answers`), measured in one sweep; or the loss of a language "
             "model without each of them, measured anew after each that is taken out (`loss`), which takes a sweep for "
-            "each block that is left, and is the best."
+            "each block that is left."
         ),
     ] = "influence"
     stack: Annotated[
