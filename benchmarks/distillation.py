@@ -17,11 +17,13 @@ import argparse
 import csv
 import itertools
 import json
+import math
 import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -66,6 +68,19 @@ def loss_of(model: Any, rows: Sequence[list[int]]) -> float:
     with torch.no_grad():
         losses = [float(model(batch, labels=batch, use_cache=False).loss) * len(batch) for batch in batches]
     return sum(losses) / len(rows)
+
+
+def paired(model: Any, whole: Any, rows: Sequence[list[int]]) -> tuple[list[float], list[float]]:
+    """Return the loss and the divergence from the whole model of each row, nats a token."""
+    losses: list[float] = []
+    divergences: list[float] = []
+    for row in rows:
+        ids = torch.tensor([row])
+        with torch.no_grad():
+            ours, theirs = (one(ids, use_cache=False).logits[0, :-1].log_softmax(-1) for one in (model, whole))
+        losses.append(float(torch.nn.functional.nll_loss(ours, ids[0, 1:])))
+        divergences.append(float((theirs.exp() * (theirs - ours)).sum(-1).mean()))
+    return losses, divergences
 
 
 def opened(folder: Path) -> Any:
@@ -131,7 +146,7 @@ def depth(args: argparse.Namespace) -> None:
         table.append((f"{name}, {args.steps} steps", loss_of(opened(place), rows), seconds))
     for name, loss, seconds in table:
         share = f"{(before - loss) / (before - base):.1%}" if "steps" in name else ""
-        print(f"| {name} | {loss:.4f} | {2.718281828459045**loss:.2f} | {share} | {seconds:.0f} |")
+        print(f"| {name} | {loss:.4f} | {math.exp(loss):.2f} | {share} | {seconds:.0f} |")
 
 
 def rounded(args: argparse.Namespace) -> None:
@@ -140,19 +155,27 @@ def rounded(args: argparse.Namespace) -> None:
     learn = {"data": str(args.text), "length": 256, "steps": args.steps, "learning_rate": args.rate}
     learn["evaluate_every"] = max(1, args.steps // 4)
     rows = windows(args.model, args.data, args.windows)
-    print(f"{describe()}\n\n| model | loss, nats | perplexity | seconds |\n| --- | --- | --- | --- |")
+    print(f"{describe()}\n\n| model | loss, nats | perplexity | won back, 1e-3 nats | KL, 1e-3 nats | seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
     table: dict[str, tuple[Step, ...]] = {
         "gptq": (gptq,),
         "gptq, distilled": (gptq, Step("distill", learn)),
     }
-    loss = loss_of(opened(args.model), rows)
-    print(f"| float32 | {loss:.4f} | {2.718281828459045**loss:.2f} | |")
+    whole = opened(args.model)
+    losses, _ = paired(whole, whole, rows)
+    print(f"| float32 | {mean(losses):.4f} | {math.exp(mean(losses)):.2f} | | | |")
+    before: list[float] = []
     for name, passes in table.items():
         place, seconds = made(
             args.work, name.replace(", ", "-"), lambda passes=passes: distilled(args.model, passes, calibration)
         )
-        loss = loss_of(opened(place), rows)
-        print(f"| {name} | {loss:.4f} | {2.718281828459045**loss:.2f} | {seconds:.0f} |", flush=True)
+        losses, divergences = paired(opened(place), whole, rows)
+        gains = [one - other for one, other in zip(before or losses, losses, strict=True)]
+        error = stdev(gains) / math.sqrt(len(gains))
+        gain = f"{1e3 * mean(gains):+.2f} ± {1e3 * error:.2f}" if before else ""
+        figures = f"{mean(losses):.4f} | {math.exp(mean(losses)):.2f} | {gain} | {1e3 * mean(divergences):.2f}"
+        print(f"| {name} | {figures} | {seconds:.0f} |", flush=True)
+        before = before or losses
 
 
 def encoder(args: argparse.Namespace) -> None:
