@@ -169,7 +169,8 @@ class Distill(ModelPass[DistillParams]):
     name = "distill"
     needs = frozenset({Need.GRADIENTS, Need.TEACHER})
     # Learning does not see activations rounded, and would make another model than the one that was calibrated.
-    not_after = frozenset({"quantize-activations", "quantize-kv"})
+    # Zeros of `sparsify` would not stay.
+    not_after = frozenset({"quantize-activations", "quantize-kv", "sparsify"})
     Params = DistillParams
 
     def requires(self) -> frozenset[Need]:

@@ -69,7 +69,7 @@ class OnnxSession(Session):
         self._directory = directory
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
-        self._shares = SHARED_CACHE in session.get_modelmeta().custom_metadata_map
+        self._shares = self._may_share()
 
     def outputs(self, inputs: Arrays) -> Arrays:
         """Run one forward pass; a mask, positions and an empty cache are supplied where the graph asks for them.
@@ -125,6 +125,10 @@ class OnnxSession(Session):
             logits, past = self._step(ids[:, place : place + 1], mask[:, : place + 1], past)
             scores.append(logits)
         return np.concatenate(scores, axis=1)
+
+    def _may_share(self) -> bool:
+        """Return whether past and present may be the same memory."""
+        return SHARED_CACHE in self._session.get_modelmeta().custom_metadata_map
 
     def _cache(self, batch: int, length: int) -> dict[str, Any]:
         """Return an empty cache: where past and present may be the same memory, buffers for `length` tokens."""

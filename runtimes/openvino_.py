@@ -62,6 +62,9 @@ class OpenVino(Runtime):
 class OpenVinoSession(OnnxSession):
     """A model, loaded."""
 
+    def _may_share(self) -> bool:
+        return False
+
     def _bound(self, feed: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
         made = self._session.run(self._outputs, {**feed, **kept})
         return dict(zip(self._outputs, made, strict=True))
