@@ -93,7 +93,7 @@ class Comparison:
             passed &= self.largest <= tolerance.max_difference * self.scale
         if tolerance.mean_kl is not None and kl is not None:
             passed &= kl <= tolerance.mean_kl
-        cosine = self._cosine / self._vectors if self._vectors else None
+        cosine = max(self._cosine / self._vectors, 0.0) if self._vectors else None  # rounding makes -1e-17 of 0
         if tolerance.mean_cosine_distance is not None and cosine is not None:
             passed &= cosine <= tolerance.mean_cosine_distance
         return Parity(
