@@ -182,6 +182,9 @@ class FakeBlock:
     def weight(self, linear):
         return self.weights[linear]
 
+    def mask(self, linear):
+        return None
+
     def quantize(self, linear, weight):
         self.results[linear] = weight
 
