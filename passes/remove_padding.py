@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _GROUPS: dict[Engine, int] = {"onnxruntime": 8, "openvino": 4}
-"""More groups are padded less and have more nodes, which OpenVINO takes longer for: 4 % on short texts of one length."""
+"""More groups pad less and have more nodes, which cost OpenVINO more: 4 % on short texts of one length."""
 
 _OPERATIONS_PER_BYTE = 10
 """float32 operations that a core does in the time in which it copies a byte: 85e9 and 8e9 a second on AVX-512."""

@@ -70,6 +70,7 @@ class OnnxSession(Session):
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
         self._shares = self._may_share()
+        self._last: tuple[dict[str, Any], Any, list[str]] | None = None
 
     def outputs(self, inputs: Arrays) -> Arrays:
         """Run one forward pass; a mask, positions and an empty cache are supplied where the graph asks for them.
@@ -107,11 +108,12 @@ class OnnxSession(Session):
             fresh = tokens[-1:] if len(tokens) > len(prompt) else tokens
             logits, past = self._step(np.asarray([fresh], np.int64), np.ones((1, len(tokens)), np.int64), past)
             tokens.append(int(logits[0, -1].argmax()))
+        self._last = None
         return tokens[len(prompt) :]
 
     def close(self) -> None:
         """Free the engine's session."""
-        self._session = None
+        self._session = self._last = None
 
     def _score(self, inputs: Arrays) -> np.ndarray[Any, Any]:
         """Return the logits of every position from a graph that computes them for the last one: token by token."""
@@ -147,7 +149,7 @@ class OnnxSession(Session):
         return cache
 
     def _step(
-        self, fresh: np.ndarray[Any, Any], mask: np.ndarray[Any, Any], past: Mapping[str, Any]
+        self, fresh: np.ndarray[Any, Any], mask: np.ndarray[Any, Any], past: dict[str, Any]
     ) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
         """Run `fresh` tokens behind a cache that stays with the engine: no copy of it goes through numpy.
 
@@ -164,25 +166,37 @@ class OnnxSession(Session):
         feed |= self._supplied(known, {**feed, **past}, mask.shape[1] - fresh.shape[1])
         self._require({*feed, *past})
         made = self._bound(feed, past)
+        if self._shares:
+            return made["logits"], past
         present = {name: value for name, value in made.items() if name.startswith(_PRESENT)}
         return made["logits"], {_PAST + name.removeprefix(_PRESENT): each for name, each in present.items()}
 
-    def _bound(self, feed: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    def _bound(self, feed: Mapping[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
         """Run on arrays and on values that stayed with the engine; return logits as an array, the rest as it stays."""
-        binding = self._session.io_binding()
         with engine_errors("the graph does not run", self._directory):
+            binding, bound = self._binding(kept)
             for name, value in feed.items():
                 binding.bind_cpu_input(name, value)
-            for name, value in kept.items():
-                binding.bind_ortvalue_input(name, value)
-            for name in self._outputs:
-                if self._shares and name.startswith(_PRESENT):
-                    binding.bind_ortvalue_output(name, kept[_PAST + name.removeprefix(_PRESENT)])
-                else:
-                    binding.bind_output(name)
+            fresh = [name for name in self._outputs if name not in bound]
+            for name in fresh:
+                binding.bind_output(name)
             self._session.run_with_iobinding(binding)
-        made = dict(zip(self._outputs, binding.get_outputs(), strict=True))  # in the order in which they were bound
+        # Outputs come in the order in which they were bound.
+        made = dict(zip([*bound, *fresh], binding.get_outputs(), strict=True))
         return {name: value.numpy() if name == "logits" else value for name, value in made.items()}
+
+    def _binding(self, kept: dict[str, Any]) -> tuple[Any, list[str]]:
+        """Return a binding of the cache and the outputs in it; the same one as long as the cache is the same."""
+        if self._last is not None and self._last[0] is kept:
+            return self._last[1:]
+        binding = self._session.io_binding()
+        for name, value in kept.items():
+            binding.bind_ortvalue_input(name, value)
+        present = [name for name in self._outputs if self._shares and name.startswith(_PRESENT)]
+        for name in present:
+            binding.bind_ortvalue_output(name, kept[_PAST + name.removeprefix(_PRESENT)])
+        self._last = (kept, binding, present) if self._shares else None
+        return binding, present
 
     def _generate_anew(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """Continue a prompt without a cache."""

@@ -65,7 +65,7 @@ class OpenVinoSession(OnnxSession):
     def _may_share(self) -> bool:
         return False
 
-    def _bound(self, feed: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    def _bound(self, feed: Mapping[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
         made = self._session.run(self._outputs, {**feed, **kept})
         return dict(zip(self._outputs, made, strict=True))
 
