@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..core.errors import UsageError
+from ..core.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from .render import Screen
 
 _OUTPUT = "Output"
+CALIBRATION_PANEL = "Calibration"
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML; `llmopt schema` describes it.")]
 Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact: a folder with llmopt.json.")]
@@ -53,6 +54,16 @@ Export = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="SPEC",
+        help="Text like that which the model will see: a .txt, .jsonl, .csv or .parquet file, or "
+        "hf:NAME[/CONFIG][:SPLIT].",
+        rich_help_panel=CALIBRATION_PANEL,
+    ),
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
@@ -63,6 +74,18 @@ MaxMemory = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random. [default: 0]", min=0)]
+
+
+def check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:
+    """Refuse a value that an option does not take; None is an option that was not given.
+
+    Raises:
+        UsageError: it names those that it takes.
+    """
+    if value is not None and value not in choices:
+        raise UsageError(
+            f"bad value for {option}: {value}", where=f"expected {' or '.join(choices)}", hint=nearest(value, choices)
+        )
 
 
 def open_screen(*, json: bool, quiet: bool, verbose: bool) -> Screen:

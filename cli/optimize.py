@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
-from ..core.errors import UsageError, nearest
+from ..core.errors import UsageError
 from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 from ..passes import PASSES
 from .build import execute, exports
 from .common import (
+    CALIBRATION_PANEL,
+    Calibration,
     DryRun,
     Export,
     Force,
@@ -22,11 +24,12 @@ from .common import (
     SaveRecipe,
     Seed,
     Verbose,
+    check_choice,
     open_screen,
 )
 from .options import Options, Source, with_options
 
-_GRAPH, _CALIBRATION = "Graph", "Calibration"
+_GRAPH = "Graph"
 _INT8, _TARGETS = ("dynamic", "static"), ("cpu", "gpu", "edge")
 _EMBEDDINGS = {"products": "none", "embeddings": 8, "max_drop": 0.01, "required": False}
 """What `quantize-weights` does beside products in 8 bits."""
@@ -36,7 +39,7 @@ _EMBEDDINGS = {"products": "none", "embeddings": 8, "max_drop": 0.01, "required"
     Source("remove-padding", PASSES.load("remove-padding").Params, frozenset({"required"}), _GRAPH),
     Source("quantize-static", PASSES.load("quantize-static").Params, panel=_GRAPH),
     Source("fix-shapes", PASSES.load("fix-shapes").Params, frozenset({"axes"}), _GRAPH),
-    Source("calibration", CalibrationSpec, frozenset({"data"}), _CALIBRATION),
+    Source("calibration", CalibrationSpec, frozenset({"data"}), CALIBRATION_PANEL),
     Source("model", ModelSpec, frozenset({"id"}), "Model"),
 )
 def command(
@@ -70,15 +73,7 @@ def command(
             rich_help_panel=_GRAPH,
         ),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEC",
-            help="Text like that which the model will see: a .txt, .jsonl, .csv or .parquet file, or "
-            "hf:NAME[/CONFIG][:SPLIT].",
-            rich_help_panel=_CALIBRATION,
-        ),
-    ] = None,
+    calibration: Calibration = None,
     export: Export = None,
     seed: Seed = 0,
     dry_run: DryRun = False,
@@ -99,9 +94,9 @@ def command(
         llmopt optimize ./my-encoder -o my-encoder-int8 --int8 static --calibration texts.txt
     """
     screen = open_screen(json=json, quiet=quiet, verbose=verbose)
-    _check_choice("--target", target, _TARGETS)
+    check_choice("--target", target, _TARGETS)
     if int8 is not None:
-        _check_choice("--int8", int8, _INT8)
+        check_choice("--int8", int8, _INT8)
     packs = target == "cpu" if remove_padding is None else remove_padding
     if target == "edge" and int8 is None:
         int8 = "static"
@@ -119,18 +114,6 @@ def command(
         seed=seed,
     )
     execute(recipe, output, screen, dry_run=dry_run, save_recipe=save_recipe, force=force, max_memory=max_memory)
-
-
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that an option does not take.
-
-    Raises:
-        UsageError: it names those that it takes.
-    """
-    if value not in choices:
-        raise UsageError(
-            f"bad value for {option}: {value}", where=f"expected {' or '.join(choices)}", hint=nearest(value, choices)
-        )
 
 
 def _steps(target: str, int8: str | None, options: Options) -> list[Step]:

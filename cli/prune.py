@@ -11,6 +11,8 @@ from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 from ..passes import PASSES
 from .build import DEFAULT_EXPORT, execute, exports
 from .common import (
+    CALIBRATION_PANEL,
+    Calibration,
     DryRun,
     Export,
     Force,
@@ -27,7 +29,7 @@ from .common import (
 from .options import Options, Source, parse_pairs, with_options
 
 DEPTH, WIDTH, VOCABULARY, SPARSITY = "prune-depth", "prune-width", "prune-vocab", "sparsify"
-_DEPTH, _WIDTH, _SPARSITY, _CALIBRATION = "Depth", "Width", "Sparsity", "Calibration"
+_DEPTH, _WIDTH, _SPARSITY = "Depth", "Width", "Sparsity"
 _PATTERNS = ("2:4", "4:8")
 _UNITS = frozenset({"mlp", "heads", "hidden"})
 
@@ -36,7 +38,7 @@ _UNITS = frozenset({"mlp", "heads", "hidden"})
     Source(DEPTH, PASSES.load(DEPTH).Params, frozenset({"drop"}), _DEPTH),
     Source(WIDTH, PASSES.load(WIDTH).Params, _UNITS, _WIDTH),
     Source(SPARSITY, PASSES.load(SPARSITY).Params, frozenset({"sparsity", "pattern"}), _SPARSITY),
-    Source("calibration", CalibrationSpec, frozenset({"data"}), _CALIBRATION),
+    Source("calibration", CalibrationSpec, frozenset({"data"}), CALIBRATION_PANEL),
     Source("model", ModelSpec, frozenset({"id"}), "Model"),
 )
 def command(
@@ -72,15 +74,7 @@ def command(
             rich_help_panel=_SPARSITY,
         ),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEC",
-            help="Text like that which the model will see: a .txt, .jsonl, .csv or .parquet file, or "
-            "hf:NAME[/CONFIG][:SPLIT].",
-            rich_help_panel=_CALIBRATION,
-        ),
-    ] = None,
+    calibration: Calibration = None,
     export: Export = None,
     seed: Seed = 0,
     dry_run: DryRun = False,

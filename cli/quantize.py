@@ -6,12 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.errors import UsageError, nearest
+from ..core.errors import UsageError
 from ..core.passes import Need
 from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 from ..passes import PASSES
 from .build import DEFAULT_EXPORT, Scheme, execute, exports, parse_scheme
 from .common import (
+    CALIBRATION_PANEL,
+    Calibration,
     DryRun,
     Export,
     Force,
@@ -23,6 +25,7 @@ from .common import (
     SaveRecipe,
     Seed,
     Verbose,
+    check_choice,
     open_screen,
 )
 from .options import Options, Source, refuse_foreign, with_options
@@ -31,7 +34,7 @@ METHODS = ("autoround", "awq", "gptq", "hqq", "rtn")
 ALLOCATION = "allocate-bits"
 ACTIVATIONS = "quantize-activations"
 CACHE = "quantize-kv"
-_QUANTIZATION, _CALIBRATION, _MODEL = "Quantization", "Calibration", "Model"
+_QUANTIZATION, _MODEL = "Quantization", "Model"
 _MIXED = "Mixed precision"
 _ACTIVATIONS = "Activations"
 
@@ -52,7 +55,7 @@ def _method_source(name: str) -> Source:
         frozenset({"number", "scale", "symmetric", "ignore"}),
         _ACTIVATIONS,
     ),
-    Source("calibration", CalibrationSpec, frozenset({"data"}), _CALIBRATION),
+    Source("calibration", CalibrationSpec, frozenset({"data"}), CALIBRATION_PANEL),
     Source("model", ModelSpec, frozenset({"id"}), _MODEL),
 )
 def command(
@@ -79,15 +82,7 @@ def command(
             rich_help_panel=_QUANTIZATION,
         ),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEC",
-            help="Text that the model will see much of: a .txt, .jsonl, .csv or .parquet file, or "
-            "hf:NAME[/CONFIG][:SPLIT].",
-            rich_help_panel=_CALIBRATION,
-        ),
-    ] = None,
+    calibration: Calibration = None,
     activations: Annotated[
         str | None,
         typer.Option(
@@ -139,7 +134,7 @@ def command(
         ("--kv-cache", kv_cache, ("fp8", "int8")),
         ("--dtype", dtype, ("float32", "float16", "bfloat16")),
     ):
-        _check_choice(option, value, choices)
+        check_choice(option, value, choices)
     chosen = _choose(method, calibrated=calibration is not None)
     refuse_foreign(options, chosen, METHODS, kind="--method")
     if calibration is None and options["calibration"]:
@@ -169,18 +164,6 @@ def command(
         max_memory=max_memory,
         notes=() if method or calibration else (hint,),
     )
-
-
-def _check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:
-    """Refuse a value that an option does not take.
-
-    Raises:
-        UsageError: it names those that it takes.
-    """
-    if value is not None and value not in choices:
-        raise UsageError(
-            f"bad value for {option}: {value}", where=f"expected {' or '.join(choices)}", hint=nearest(value, choices)
-        )
 
 
 def _allocation(given: dict[str, Any], *, calibrated: bool) -> tuple[Step, ...]:
