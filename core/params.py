@@ -40,6 +40,15 @@ GroupSizeParam = Annotated[
     ),
 ]
 Symmetric = Annotated[bool, Meta(description="Zero point fixed in the middle of the grid (no zero points stored).")]
+MaxDrop = Annotated[
+    float,
+    Meta(
+        gt=0,
+        le=1,
+        description="How much of the outputs may be lost, as mean 1 - cosine: the verification refuses more.",
+    ),
+]
+
 Ignore = Annotated[
     tuple[str, ...],
     Meta(description="Layers to leave as they are: glob patterns (`*.down_proj`) or `re:` regular expressions."),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from msgspec import Meta
 
 from ..core.errors import LlmoptError
-from ..core.params import Params
+from ..core.params import MaxDrop, Params
 from ..core.passes import GraphPass, PassResult, Skip
 
 if TYPE_CHECKING:
@@ -33,14 +33,7 @@ class CastFp16Params(Params, frozen=True):
             "float16.",
         ),
     ] = 2
-    max_drop: Annotated[
-        float,
-        Meta(
-            gt=0,
-            le=1,
-            description="How much of the outputs may be lost, as mean 1 - cosine: the verification refuses more.",
-        ),
-    ] = 0.001
+    max_drop: MaxDrop = 0.001
 
 
 class CastFp16(GraphPass[CastFp16Params]):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from msgspec import Meta
-
-from ..core.params import Ignore, Params
+from ..core.params import Ignore, MaxDrop, Params
 from ..core.passes import GraphPass, PassResult, Skip
 
 if TYPE_CHECKING:
@@ -17,14 +15,7 @@ if TYPE_CHECKING:
 class QuantizeDynamicParams(Params, frozen=True):
     """How much may be lost, and what is left alone."""
 
-    max_drop: Annotated[
-        float,
-        Meta(
-            gt=0,
-            le=1,
-            description="How much of the outputs may be lost, as mean 1 - cosine: the verification refuses more.",
-        ),
-    ] = 0.02
+    max_drop: MaxDrop = 0.02
     ignore: Ignore = ()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from msgspec import Meta
 
 from ..core.errors import LlmoptError, UsageError
-from ..core.params import Ignore, Params, Symmetric
+from ..core.params import Ignore, MaxDrop, Params, Symmetric
 from ..core.passes import GraphPass, PassResult, Skip
 from ..core.patterns import matches
 from ..core.quantized import Grid
@@ -62,14 +62,7 @@ class QuantizeWeightsParams(Params, frozen=True):
             "embeddings are looked up in 8 bits, and no product is computed from codes."
         ),
     ] = "fused"
-    max_drop: Annotated[
-        float,
-        Meta(
-            gt=0,
-            le=1,
-            description="How much of the outputs may be lost, as mean 1 - cosine: the verification refuses more.",
-        ),
-    ] = 0.05
+    max_drop: MaxDrop = 0.05
     ignore: Ignore = ()
     required: Annotated[
         bool,
