@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from ..passes import PASSES
 from .numbers import count, labelled, number, plain, share, size
-from .parameters import value_text
+from .parameters import parameters, value_text
 from .render import Lines, Pairs, Section, Table
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def manifest_sections(manifest: Manifest, directory: Path, *, source_bytes: int)
         renamed = (replace(record, name=f"{export.name}: {record.name}") for record in export.passes)
         passes += renamed if several else export.passes
     if passes:
-        sections.append(_passes(passes))
+        sections.append(_passes(passes, manifest.recipe))
     # Notes were said while the work went on.
     left = [f"{record.name}: {line}" for record in passes for line in _skips(record.skipped)]
     if left:
@@ -91,13 +92,30 @@ def export_sections(
     return sections
 
 
-def _passes(records: Sequence[PassRecord]) -> Table:
+def _passes(records: Sequence[PassRecord], recipe: Mapping[str, Any]) -> Table:
+    """Show what passes did; figures of single layers, whose names have a dot, are in the manifest alone."""
+    given: dict[str, Mapping[str, Any]] = {}
+    for step in recipe.get("passes", ()):
+        if isinstance(step, Mapping):
+            given |= step
     rows = []
     for record in records:
-        metrics = ", ".join(" ".join(labelled(name, value)) for name, value in record.metrics.items())
-        params = ", ".join(f"{name} {value_text(value)}" for name, value in record.params.items() if value_text(value))
-        rows.append((record.name, str(len(record.changed)), str(len(record.skipped)), params, metrics or "-"))
+        kind = record.name.rpartition(": ")[2]
+        metrics = [" ".join(labelled(name, value)) for name, value in record.metrics.items() if "." not in name]
+        params = _chosen(kind, record.params, given.get(kind) or {})
+        shown = (", ".join(params) or "as usual", ", ".join(metrics) or "-")
+        rows.append((record.name, str(len(record.changed)), str(len(record.skipped)), *shown))
     return Table("Passes", ("pass", "changed", "skipped", "parameters", "metrics"), rows, frozenset({1, 2}))
+
+
+def _chosen(kind: str, params: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Return the parameters of a pass that the recipe gives, or that are not what they are when left out."""
+    usual = {item.name: item.default for item in parameters(PASSES.load(kind).Params)}
+    return [
+        f"{name} {text}"
+        for name, value in params.items()
+        if (name in given or value != usual.get(name)) and (text := value_text(value))
+    ]
 
 
 def _verification(record: ExportRecord) -> tuple[str, ...]:
