@@ -8,24 +8,14 @@ import typer
 
 from ..core.errors import UsageError, nearest
 from ..core.recipe import ModelSpec, Recipe, Step
-from .build import DEFAULT_EXPORT, execute, exports
-from .common import (
-    DryRun,
-    Export,
-    Force,
-    Json,
-    ModelArgument,
-    Output,
-    Quiet,
-    SaveRecipe,
-    Verbose,
-    open_screen,
-)
+from .building import Build, building, execute
+from .common import ModelArgument
 
 _ACTIONS = ("merge", "extract")
 _MERGE, _EXTRACT = "Merge", "Extract"
 
 
+@building("seed", "max_memory")
 def command(
     action: Annotated[str, typer.Argument(metavar="merge|extract", help="What to do with adapters.")],
     model: ModelArgument,
@@ -54,14 +44,7 @@ def command(
         int,
         typer.Option(metavar="N", help="extract: rank of the adapter. [default: 16]", min=1, rich_help_panel=_EXTRACT),
     ] = 16,
-    output: Output = None,
-    export: Export = None,
-    dry_run: DryRun = False,
-    save_recipe: SaveRecipe = None,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    build: Build,
 ) -> None:
     """Merge adapters into a model, or extract one from two models.
 
@@ -71,7 +54,7 @@ def command(
         llmopt adapt merge ./my-llama -o merged --adapter ./my-lora
         llmopt adapt extract ./tuned -o lora --base ./my-llama --rank 32
     """
-    screen = open_screen(json=json, quiet=quiet, verbose=verbose)
+    screen = build.screen()
     if action not in _ACTIONS:
         raise UsageError(
             f"unknown action `{action}`", where="expected merge or extract", hint=nearest(action, _ACTIONS)
@@ -85,28 +68,31 @@ def command(
         recipe = Recipe(
             model=ModelSpec(id=model),
             passes=(Step("merge-adapter", {"adapters": adapter, **weights}),),
-            exports=exports(export or [DEFAULT_EXPORT]),
+            exports=build.exports(),
         )
-        execute(recipe, output, screen, dry_run=dry_run, save_recipe=save_recipe, force=force)
+        execute(recipe, build, screen)
         return
     if base is None:
         raise UsageError("extract needs the base", hint="name the model that MODEL was made from with --base MODEL")
-    if adapter or weight or export or dry_run or save_recipe is not None:
+    if adapter or weight or build.export or build.dry_run or build.save_recipe is not None:
         raise UsageError("extract takes --base and --rank only", hint="it writes a PEFT folder at once")
-    if output is None:
+    if build.output is None:
         raise UsageError("no output folder given", hint="name one with -o DIR")
-    from pathlib import Path
-
     from ..pipeline.adapters import extract_adapter
     from .render import Pairs
 
     report = extract_adapter(
-        ModelSpec(id=model), ModelSpec(id=base), rank=rank, output=Path(output), force=force, reporter=screen.reporter
+        ModelSpec(id=model),
+        ModelSpec(id=base),
+        rank=rank,
+        output=build.output,
+        force=build.force,
+        reporter=screen.reporter,
     )
     shown = [
-        ("folder", str(output)),
+        ("folder", str(build.output)),
         ("layers", str(report["layers_count"])),
         ("rank", str(report["rank_count"])),
         ("left out", f"{report['error_max_ratio']:.2%} of a layer's difference at most"),
     ]
-    screen.show([Pairs("Adapter", shown)], {"directory": str(output), **report}, summary=True)
+    screen.show([Pairs("Adapter", shown)], {"directory": str(build.output), **report}, summary=True)

@@ -30,29 +30,9 @@ TextSpec = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors: no progress, no notes, no summary.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More progress, and tracebacks of errors.")]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o", metavar="DIR", help="The folder to write. It must not exist.", rich_help_panel=_OUTPUT
-    ),
-]
 Force = Annotated[
     bool,
     typer.Option("--force", help="Replace DIR when it exists, once everything is done.", rich_help_panel=_OUTPUT),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.", rich_help_panel=_OUTPUT)]
-SaveRecipe = Annotated[
-    Path | None,
-    typer.Option("--save-recipe", metavar="FILE", help="Write the recipe as YAML too.", rich_help_panel=_OUTPUT),
-]
-Export = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--export",
-        metavar="NAME[:KEY=VALUE,...]",
-        help="A format to write, with its parameters; `llmopt passes` lists them.",
-        rich_help_panel=_OUTPUT,
-    ),
 ]
 Calibration = Annotated[
     str | None,
@@ -64,16 +44,6 @@ Calibration = Annotated[
         rich_help_panel=CALIBRATION_PANEL,
     ),
 ]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(
-        "--max-memory",
-        metavar="SIZE",
-        help="Keep the process below this much memory, such as 2GiB: hidden states go to disk, samples come in smaller "
-        "batches. Refused when it is too little.",
-    ),
-]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random. [default: 0]", min=0)]
 
 
 def check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:

@@ -9,21 +9,8 @@ from ..core.params import convert
 from ..core.passes import Need, Pass
 from ..core.recipe import ModelSpec, Recipe, Step
 from ..passes import PASSES
-from .build import DEFAULT_EXPORT, execute, exports
-from .common import (
-    DryRun,
-    Export,
-    Force,
-    Json,
-    MaxMemory,
-    ModelArgument,
-    Output,
-    Quiet,
-    SaveRecipe,
-    Seed,
-    Verbose,
-    open_screen,
-)
+from .building import Build, building, execute
+from .common import ModelArgument
 from .options import Options, Source, with_options
 
 
@@ -31,19 +18,11 @@ from .options import Options, Source, with_options
     Source("distill", PASSES.load("distill").Params, panel="Learning"),
     Source("model", ModelSpec, frozenset({"id"}), "Model"),
 )
+@building()
 def command(
     model: ModelArgument,
     *,
-    output: Output = None,
-    export: Export = None,
-    seed: Seed = 0,
-    dry_run: DryRun = False,
-    save_recipe: SaveRecipe = None,
-    force: Force = False,
-    max_memory: MaxMemory = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    build: Build,
     options: Options,
 ) -> None:
     """Let a model learn from a teacher and export it.
@@ -54,7 +33,7 @@ def command(
 
         llmopt distill ./pruned -o ./recovered --teacher ./original --data wiki.txt --steps 2000
     """
-    screen = open_screen(json=json, quiet=quiet, verbose=verbose)
+    screen = build.screen()
     given = options["distill"]
     if "data" not in given:
         raise UsageError("distill needs text", hint="name it with --data SPEC")
@@ -65,10 +44,10 @@ def command(
     recipe = Recipe(
         model=ModelSpec(id=model, **options["model"]),
         passes=(Step("distill", given),),
-        exports=exports(export or [DEFAULT_EXPORT]),
-        seed=seed,
+        exports=build.exports(),
+        seed=build.seed,
     )
-    execute(recipe, output, screen, dry_run=dry_run, save_recipe=save_recipe, force=force, max_memory=max_memory)
+    execute(recipe, build, screen)
 
 
 def _built(given: dict[str, Any]) -> Pass[Any]:

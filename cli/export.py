@@ -4,21 +4,8 @@ from __future__ import annotations
 
 from ..core.recipe import ModelSpec, Recipe, Step
 from ..passes import PASSES
-from .build import DEFAULT_EXPORT, execute, exports
-from .common import (
-    DryRun,
-    Export,
-    Force,
-    Json,
-    MaxMemory,
-    ModelArgument,
-    Output,
-    Quiet,
-    SaveRecipe,
-    Seed,
-    Verbose,
-    open_screen,
-)
+from .building import Build, building, execute
+from .common import ModelArgument
 from .options import Options, Source, with_options
 
 
@@ -26,19 +13,11 @@ from .options import Options, Source, with_options
     Source("cast", PASSES.load("cast").Params, panel="Model"),
     Source("model", ModelSpec, frozenset({"id"}), "Model"),
 )
+@building()
 def command(
     model: ModelArgument,
     *,
-    output: Output = None,
-    export: Export = None,
-    seed: Seed = 0,
-    dry_run: DryRun = False,
-    save_recipe: SaveRecipe = None,
-    force: Force = False,
-    max_memory: MaxMemory = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    build: Build,
     options: Options,
 ) -> None:
     """Export a model without changing its weights.
@@ -48,11 +27,11 @@ def command(
 
         llmopt export ./my-bert -o my-bert-onnx --export onnx
     """
-    screen = open_screen(json=json, quiet=quiet, verbose=verbose)
+    screen = build.screen()
     recipe = Recipe(
         model=ModelSpec(id=model, **options["model"]),
         passes=(Step("cast", options["cast"]),) if options["cast"] else (),
-        exports=exports(export or [DEFAULT_EXPORT]),
-        seed=seed,
+        exports=build.exports(),
+        seed=build.seed,
     )
-    execute(recipe, output, screen, dry_run=dry_run, save_recipe=save_recipe, force=force, max_memory=max_memory)
+    execute(recipe, build, screen)

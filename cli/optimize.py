@@ -9,24 +9,8 @@ import typer
 from ..core.errors import UsageError
 from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 from ..passes import PASSES
-from .build import execute, exports
-from .common import (
-    CALIBRATION_PANEL,
-    Calibration,
-    DryRun,
-    Export,
-    Force,
-    Json,
-    MaxMemory,
-    ModelArgument,
-    Output,
-    Quiet,
-    SaveRecipe,
-    Seed,
-    Verbose,
-    check_choice,
-    open_screen,
-)
+from .building import Build, building, execute
+from .common import CALIBRATION_PANEL, Calibration, ModelArgument, check_choice
 from .options import Options, Source, with_options
 
 _GRAPH = "Graph"
@@ -42,10 +26,10 @@ _EMBEDDINGS = {"products": "none", "embeddings": 8, "max_drop": 0.01, "required"
     Source("calibration", CalibrationSpec, frozenset({"data"}), CALIBRATION_PANEL),
     Source("model", ModelSpec, frozenset({"id"}), "Model"),
 )
+@building()
 def command(
     model: ModelArgument,
     *,
-    output: Output = None,
     target: Annotated[
         str,
         typer.Option(
@@ -74,15 +58,7 @@ def command(
         ),
     ] = None,
     calibration: Calibration = None,
-    export: Export = None,
-    seed: Seed = 0,
-    dry_run: DryRun = False,
-    save_recipe: SaveRecipe = None,
-    force: Force = False,
-    max_memory: MaxMemory = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    build: Build,
     options: Options,
 ) -> None:
     """Make a model's graph fast and export it.
@@ -93,7 +69,7 @@ def command(
 
         llmopt optimize ./my-encoder -o my-encoder-int8 --int8 static --calibration texts.txt
     """
-    screen = open_screen(json=json, quiet=quiet, verbose=verbose)
+    screen = build.screen()
     check_choice("--target", target, _TARGETS)
     if int8 is not None:
         check_choice("--int8", int8, _INT8)
@@ -110,10 +86,10 @@ def command(
         model=ModelSpec(id=model, **options["model"]),
         calibration=None if calibration is None else CalibrationSpec(data=calibration, **options["calibration"]),
         passes=tuple(passes),
-        exports=exports(export or ["onnx"]),
-        seed=seed,
+        exports=build.exports("onnx"),
+        seed=build.seed,
     )
-    execute(recipe, output, screen, dry_run=dry_run, save_recipe=save_recipe, force=force, max_memory=max_memory)
+    execute(recipe, build, screen)
 
 
 def _steps(target: str, int8: str | None, options: Options) -> list[Step]:

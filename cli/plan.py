@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .build import execute
-from .common import Json, RecipeFile, Verbose, open_screen
+from .building import Build, execute
+from .common import Json, RecipeFile, Verbose
 
 
 def command(
@@ -19,5 +19,6 @@ def command(
     """
     from ..pipeline.recipe import load_recipe
 
-    screen = open_screen(json=json, quiet=False, verbose=verbose)
-    execute(load_recipe(recipe), None, screen, dry_run=True)
+    build = Build(dry_run=True, json=json, verbose=verbose)
+    screen = build.screen()
+    execute(load_recipe(recipe), build, screen)

@@ -9,23 +9,8 @@ import typer
 from ..core.errors import UsageError
 from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 from ..passes import PASSES
-from .build import DEFAULT_EXPORT, execute, exports
-from .common import (
-    CALIBRATION_PANEL,
-    Calibration,
-    DryRun,
-    Export,
-    Force,
-    Json,
-    MaxMemory,
-    ModelArgument,
-    Output,
-    Quiet,
-    SaveRecipe,
-    Seed,
-    Verbose,
-    open_screen,
-)
+from .building import Build, building, execute
+from .common import CALIBRATION_PANEL, Calibration, ModelArgument
 from .options import Options, Source, parse_pairs, with_options
 
 DEPTH, WIDTH, VOCABULARY, SPARSITY = "prune-depth", "prune-width", "prune-vocab", "sparsify"
@@ -41,10 +26,10 @@ _UNITS = frozenset({"mlp", "heads", "hidden"})
     Source("calibration", CalibrationSpec, frozenset({"data"}), CALIBRATION_PANEL),
     Source("model", ModelSpec, frozenset({"id"}), "Model"),
 )
+@building()
 def command(
     model: ModelArgument,
     *,
-    output: Output = None,
     depth: Annotated[
         str | None,
         typer.Option(
@@ -75,15 +60,7 @@ def command(
         ),
     ] = None,
     calibration: Calibration = None,
-    export: Export = None,
-    seed: Seed = 0,
-    dry_run: DryRun = False,
-    save_recipe: SaveRecipe = None,
-    force: Force = False,
-    max_memory: MaxMemory = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    build: Build,
     options: Options,
 ) -> None:
     """Take layers, neurons, heads, tokens or single weights out of a model and export it.
@@ -93,7 +70,7 @@ def command(
 
         llmopt prune ./my-llama -o my-llama-small --depth 25% --width mlp=30% --calibration wiki.txt
     """
-    screen = open_screen(json=json, quiet=quiet, verbose=verbose)
+    screen = build.screen()
     _refuse_idle(options, depth=depth, width=width, sparsity=sparsity, calibrated=calibration is not None)
     units = _units(width)
     zeros = _zeros(sparsity, options[SPARSITY], calibrated=calibration is not None)
@@ -112,21 +89,12 @@ def command(
         model=ModelSpec(id=model, **options["model"]),
         calibration=None if calibration is None else CalibrationSpec(data=calibration, **options["calibration"]),
         passes=tuple(passes),
-        exports=exports(export or [DEFAULT_EXPORT]),
-        seed=seed,
+        exports=build.exports(),
+        seed=build.seed,
     )
     chosen = sparsity is not None and "method" not in options[SPARSITY] and calibration is None
     hint = "no --calibration: the smallest weights go; with calibration data sparsegpt loses less"
-    execute(
-        recipe,
-        output,
-        screen,
-        dry_run=dry_run,
-        save_recipe=save_recipe,
-        force=force,
-        max_memory=max_memory,
-        notes=(hint,) if chosen else (),
-    )
+    execute(recipe, build, screen, notes=(hint,) if chosen else ())
 
 
 def _refuse_idle(

@@ -10,25 +10,10 @@ from ..core.errors import UsageError
 from ..core.passes import Need
 from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 from ..passes import PASSES
-from .build import DEFAULT_EXPORT, Scheme, execute, exports, parse_scheme
-from .common import (
-    CALIBRATION_PANEL,
-    Calibration,
-    DryRun,
-    Export,
-    Force,
-    Json,
-    MaxMemory,
-    ModelArgument,
-    Output,
-    Quiet,
-    SaveRecipe,
-    Seed,
-    Verbose,
-    check_choice,
-    open_screen,
-)
+from .building import Build, building, execute
+from .common import CALIBRATION_PANEL, Calibration, ModelArgument, check_choice
 from .options import Options, Source, refuse_foreign, with_options
+from .schemes import Scheme, parse_scheme
 
 METHODS = ("autoround", "awq", "gptq", "hqq", "rtn")
 ALLOCATION = "allocate-bits"
@@ -58,10 +43,10 @@ def _method_source(name: str) -> Source:
     Source("calibration", CalibrationSpec, frozenset({"data"}), CALIBRATION_PANEL),
     Source("model", ModelSpec, frozenset({"id"}), _MODEL),
 )
+@building()
 def command(
     model: ModelArgument,
     *,
-    output: Output = None,
     scheme: Annotated[
         str,
         typer.Option(
@@ -108,15 +93,7 @@ def command(
             rich_help_panel=_QUANTIZATION,
         ),
     ] = None,
-    export: Export = None,
-    seed: Seed = 0,
-    dry_run: DryRun = False,
-    save_recipe: SaveRecipe = None,
-    force: Force = False,
-    max_memory: MaxMemory = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    build: Build,
     options: Options,
 ) -> None:
     """Quantize a model's weights and export it.
@@ -127,7 +104,7 @@ def command(
 
         llmopt quantize ./my-llama -o my-llama-int4 --calibration wiki.txt --export onnx-genai
     """
-    screen = open_screen(json=json, quiet=quiet, verbose=verbose)
+    screen = build.screen()
     found = parse_scheme(scheme)
     for option, value, choices in (
         ("--activations", activations, ("token", "tensor")),
@@ -151,19 +128,10 @@ def command(
             *_activations(scheme, found, activations, options[ACTIVATIONS]),
             *(() if kv_cache is None else (Step(CACHE, {"number": kv_cache}),)),
         ),
-        exports=exports(export or [DEFAULT_EXPORT]),
-        seed=seed,
+        exports=build.exports(),
+        seed=build.seed,
     )
-    execute(
-        recipe,
-        output,
-        screen,
-        dry_run=dry_run,
-        save_recipe=save_recipe,
-        force=force,
-        max_memory=max_memory,
-        notes=() if method or calibration else (hint,),
-    )
+    execute(recipe, build, screen, notes=() if method or calibration else (hint,))
 
 
 def _allocation(given: dict[str, Any], *, calibrated: bool) -> tuple[Step, ...]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from .build import default_output, execute
-from .common import DryRun, Force, Json, MaxMemory, Output, Quiet, RecipeFile, Verbose, open_screen
+from dataclasses import replace
+
+from .building import Build, building, default_output, execute
+from .common import RecipeFile
 
 
+@building("export", "seed", "save_recipe")
 def command(
     recipe: RecipeFile,
     *,
-    output: Output = None,
-    dry_run: DryRun = False,
-    force: Force = False,
-    max_memory: MaxMemory = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    build: Build,
 ) -> None:
     """Run a recipe.
 
@@ -25,7 +22,8 @@ def command(
     """
     from ..pipeline.recipe import load_recipe
 
-    screen = open_screen(json=json, quiet=quiet, verbose=verbose)
+    screen = build.screen()
     loaded = load_recipe(recipe)
-    target = output if output is not None or dry_run else default_output(recipe)
-    execute(loaded, target, screen, dry_run=dry_run, force=force, max_memory=max_memory, inputs=[recipe])
+    if build.output is None and not build.dry_run:
+        build = replace(build, output=default_output(recipe))
+    execute(loaded, build, screen, inputs=[recipe])

@@ -1,0 +1,190 @@
+"""From a recipe to an artifact: the options that all commands share which build one, and what they do then."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from ..core.errors import UsageError
+from ..core.processes import is_main
+from ..core.recipe import Recipe, Step
+from .common import Force, Json, Quiet, Verbose, open_screen
+
+if TYPE_CHECKING:
+    from .render import Screen
+
+R = TypeVar("R")
+
+DEFAULT_EXPORT = "safetensors"
+
+_OUTPUT = "Output"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """What is asked of a build, whatever is built; each field is an option."""
+
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The folder to write. It must not exist.", rich_help_panel=_OUTPUT
+        ),
+    ] = None
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--export",
+            metavar="NAME[:KEY=VALUE,...]",
+            help="A format to write, with its parameters; `llmopt passes` lists them.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random. [default: 0]", min=0)] = 0
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and write nothing.", rich_help_panel=_OUTPUT)
+    ] = False
+    save_recipe: Annotated[
+        Path | None,
+        typer.Option("--save-recipe", metavar="FILE", help="Write the recipe as YAML too.", rich_help_panel=_OUTPUT),
+    ] = None
+    force: Force = False
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory",
+            metavar="SIZE",
+            help="Keep the process below this much memory, such as 2GiB: hidden states go to disk, samples come in "
+            "smaller batches. Refused when it is too little.",
+        ),
+    ] = None
+    json: Json = False
+    quiet: Quiet = False
+    verbose: Verbose = False
+
+    def screen(self) -> Screen:
+        """Return where results are shown; see `open_screen`."""
+        return open_screen(json=self.json, quiet=self.quiet, verbose=self.verbose)
+
+    def exports(self, default: str = DEFAULT_EXPORT) -> tuple[Step, ...]:
+        """Return the formats that were asked for, or the usual one; see `exports`."""
+        return exports(self.export or [default])
+
+
+def building(*leave_out: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Add the options of a build, but for some, to a command; they reach it as its argument `build`.
+
+    It stands below `with_options`, since that looks at the command's signature too.
+    """
+    hints = get_type_hints(Build, include_extras=True)
+    added = [
+        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=hints[one.name])
+        for one in fields(Build)
+        if one.name not in leave_out
+    ]
+    names = {one.name for one in added}
+
+    def decorate(command: Callable[..., R]) -> Callable[..., R]:
+        @wraps(command)
+        def wrapper(**values: Any) -> R:
+            given = {name: values.pop(name) for name in names & values.keys()}
+            return command(**values, build=Build(**given))
+
+        own = inspect.signature(command, eval_str=True)
+        rest = [item for item in own.parameters.values() if item.name != "build"]
+        wrapper.__signature__ = own.replace(parameters=[*rest, *added])  # pyright: ignore[reportAttributeAccessIssue]
+        wrapper.__annotations__ = {item.name: item.annotation for item in [*rest, *added]}
+        del wrapper.__wrapped__  # typer would look through it, at the signature without the added options
+        return wrapper
+
+    return decorate
+
+
+def exports(written: Iterable[str]) -> tuple[Step, ...]:
+    """Read `--export NAME[:KEY=VALUE,...]`.
+
+    Raises:
+        UsageError: an unknown exporter or parameter, a bad value.
+    """
+    from ..exporters import EXPORTERS
+    from .options import parse_pairs
+
+    steps: list[Step] = []
+    for text in written:
+        name, colon, pairs = text.partition(":")
+        exporter = EXPORTERS.load(name, where=f"--export {text}")
+        params = parse_pairs(pairs, exporter.Params, where=f"--export {name}") if colon else {}
+        steps.append(Step(name, params))
+    return tuple(steps)
+
+
+def execute(
+    recipe: Recipe, build: Build, screen: Screen, *, inputs: Iterable[Path] = (), notes: Iterable[str] = ()
+) -> None:
+    """Check a recipe, and unless it is a dry run, carry it out and show what was made.
+
+    `inputs` are further files that are read and so must not lie in the output. `notes` are said once the recipe is
+    known to work.
+
+    Raises:
+        UsageError: the recipe cannot work, or no output was named.
+    """
+    from ..pipeline.output import check_output, inputs_of
+    from ..pipeline.plan import make_plan
+    from ..pipeline.recipe import dump_recipe
+    from .views import manifest_sections, plan_sections
+
+    output = build.output
+    if output is None and not build.dry_run:
+        raise UsageError("no output folder given", hint="name one with -o DIR, or use --dry-run to see the plan")
+    plan = make_plan(recipe, max_memory=None if build.max_memory is None else parse_size(build.max_memory))
+    if output is not None:
+        check_output(output, force=build.force or build.dry_run, inputs=[*inputs_of(recipe), *inputs])
+    for note in notes:
+        screen.reporter.note(note)
+    if build.save_recipe is not None:
+        dump_recipe(recipe, build.save_recipe)
+        screen.reporter.note(f"recipe written to {build.save_recipe}")
+    if output is None or build.dry_run:
+        screen.show(plan_sections(plan), plan.to_dict())
+        return
+    from ..pipeline.run import run_plan
+
+    manifest = run_plan(plan, output, force=build.force, reporter=screen.reporter)
+    if not is_main():
+        return
+    import msgspec
+
+    document = {"directory": str(output), **msgspec.to_builtins(manifest)}
+    screen.show(manifest_sections(manifest, output, source_bytes=plan.facts.bytes), document, summary=True)
+
+
+def default_output(recipe: Path) -> Path:
+    """Return the folder that `llmopt run` writes when none is named: the recipe's name, in the current folder.
+
+    Raises:
+        UsageError: the recipe's name has no ending to take off.
+    """
+    folder = Path(recipe.stem)
+    if folder.name == recipe.name:
+        raise UsageError(f"no output folder given for {recipe}", hint="name one with -o DIR")
+    return folder
+
+
+def parse_size(text: str) -> int:
+    """Return a number of bytes written as `2GiB`, `800 MB` or `1.5G` (binary, as is a unit without B).
+
+    Raises:
+        UsageError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"`{text}` is no amount of memory", hint="write it as 2GiB or 800MiB")
+    base = 1000 if (found[3] or "").upper() == "B" else 1024
+    return int(float(found[1]) * base ** ("KMGT".index(found[2].upper()) + 1))
