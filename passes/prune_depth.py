@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Annotated, Literal
@@ -36,10 +37,10 @@ class PruneDepthParams(Params, frozen=True, kw_only=True):
         Meta(
             description="What tells which blocks matter least: how much they turn the hidden states (`influence`) or "
             "move what the model would answer to them (`answers`), measured in one sweep; or the loss of a language "
-            "model without each of them, measured anew after each that is taken out (`loss`), which takes a sweep for "
-            "each block that is left."
+            "model without each of them (`loss`), measured anew after each that is taken out and again with each of "
+            "those put back, which takes a sweep for each block and each round, and is the best."
         ),
-    ] = "influence"
+    ] = "answers"
     stack: Annotated[
         Literal["encoder", "decoder"] | None,
         Meta(description="The stack of an encoder-decoder to take blocks out of; both when not given."),
@@ -47,12 +48,13 @@ class PruneDepthParams(Params, frozen=True, kw_only=True):
 
 
 class PruneDepth(SurveyPass[PruneDepthParams]):
-    """Take out the blocks that change the hidden states least (ShortGPT: Men et al., 2024), or those that are named.
+    """Take out the blocks that matter least, or those that are named.
 
-    The influence of a block is 1 - cosine between a token's hidden state before it and after it, averaged over
-    calibration tokens; two other measures are at hand. The blocks that stay are renumbered, and config.json follows:
-    numbers of layers, lists with an entry for each. The result is proven to answer as the model does with those blocks
-    left out. Most of what is lost is won back by training.
+    They are measured by what the head would answer to a block's input instead of its output; by how much they turn the
+    hidden states, 1 - cosine between a token's before and after, averaged over calibration tokens (Block Influence;
+    ShortGPT: Men et al., 2024); or by the loss without them, in a floating search (Pudil et al., 1994). The blocks that
+    stay are renumbered, and config.json follows: numbers of layers, lists with an entry for each. The result is proven
+    to answer as the model does with those blocks left out. Most of what is lost is won back by training.
     """
 
     name = "prune-depth"
@@ -176,18 +178,40 @@ class PruneDepth(SurveyPass[PruneDepthParams]):
         return shorter, result
 
     def _by_loss(self, model: ModelHandle, stack: list[str], context: PassContext, result: PassResult) -> list[str]:
-        """Take out one block after another, each time the one whose absence costs least."""
+        """Take out one block after another, the one whose absence costs least; then look at each of them again.
+
+        One that was right when it went may not be beside those that went after it: each is put back in turn, and the
+        one goes in its place that now costs least, until no exchange lowers the loss.
+        """
+        count = self._count(len(stack))
+        rounds = sum(len(stack) - done for done in range(count)) + (count * (len(stack) - count) if count > 1 else 0)
         dropped: list[str] = []
-        rounds = self._count(len(stack))
-        with context.reporter.step("loss without each block", sum(len(stack) - done for done in range(rounds))) as step:
-            for _ in range(rounds):
-                losses: dict[str, float] = {}
-                for name in (one for one in stack if one not in dropped):
-                    losses[name] = model.loss_without([*dropped, name], context.rows)
-                    step.advance(detail=name)
-                best = min(losses, key=lambda name: losses[name])
-                dropped.append(best)
-                result.metrics[f"{best}.loss_without_nats"] = losses[best]
+        lowest_loss = math.inf
+        with context.reporter.step("loss without each block", rounds) as step:
+
+            def cheapest(gone: list[str], stays: str | None = None) -> tuple[float, str]:
+                tried: list[tuple[float, str]] = []
+                for name in stack:
+                    if name not in gone and name != stays:
+                        tried.append((model.loss_without([*gone, name], context.rows), name))
+                        step.advance(detail=name)
+                return min(tried)
+
+            while len(dropped) < count:
+                lowest_loss, name = cheapest(dropped)
+                dropped.append(name)
+                result.metrics[f"{name}.loss_without_nats"] = lowest_loss
+            waiting = list(dropped) if count > 1 else []
+            while waiting:
+                others = [name for name in dropped if name != waiting[0]]
+                loss, name = cheapest(others, stays=waiting[0])
+                if loss < lowest_loss:
+                    result.notes.append(f"{name} instead of {waiting[0]}: {lowest_loss:.4f} to {loss:.4f} nats")
+                    del result.metrics[f"{waiting[0]}.loss_without_nats"]
+                    result.metrics[f"{name}.loss_without_nats"] = lowest_loss = loss
+                    dropped, waiting = [*others, name], others
+                else:
+                    waiting.pop(0)
         return sorted(dropped, key=stack.index)
 
     def _count(self, total: int) -> int:

@@ -1,5 +1,6 @@
 """Fewer blocks: which ones, what config.json says then, and that nothing else changes."""
 
+import itertools
 import json
 import weakref
 
@@ -73,11 +74,11 @@ def test_a_run_writes_a_model_that_transformers_opens(name, family, text, tmp_pa
     record = manifest.passes[0]
     assert manifest.exports[0].verification.passed
     assert record.metrics["dropped_blocks_count"] == len(record.changed) == (4 if name == "t5" else 2)
-    influences = [key for key in record.metrics if key.endswith("influence_ratio")]
-    assert len(influences) == (7 if name == "t5" else 4)
-    kept = [record.metrics[key] for key in influences if key.removesuffix(".influence_ratio") not in record.changed]
+    measured = [key for key in record.metrics if key.endswith(".answers_moved_nats")]
+    assert len(measured) == (7 if name == "t5" else 4)
+    kept = [record.metrics[key] for key in measured if key.removesuffix(".answers_moved_nats") not in record.changed]
     if name != "t5":
-        assert max(record.metrics[f"{one}.influence_ratio"] for one in record.changed) <= min(kept)
+        assert max(record.metrics[f"{one}.answers_moved_nats"] for one in record.changed) <= min(kept)
 
 
 def test_influence_is_one_minus_the_mean_cosine():
@@ -113,34 +114,42 @@ def test_a_block_that_does_nothing_goes_first(family, tmp_path):
         assert result.changed == ["model.layers.2"]
 
 
-def test_loss_is_measured_anew_after_each_block(family, tmp_path):
-    """The greedy choice against trying every block of every round with a model that is shortened for real."""
+def test_no_exchange_of_a_block_lowers_the_loss(family, tmp_path):
+    """What the search ends with, against models that are shortened for real."""
     folder, rows = deep(family, "llama"), random_rows(6, 24)
-    model = open_model(folder, tmp_path / "whole")
+    stack = open_model(folder, tmp_path / "whole").blocks()[0]
+    (batch,) = batches(rows, decoder=False)
 
     def loss(names):
-        short = model if not names else model.without_blocks(names, seed=0)
-        (batch,) = batches(rows, decoder=False)
+        short = open_model(folder, tmp_path / "-".join(names)).without_blocks(names, seed=0)
         with torch.no_grad():
             logits = short.materialize()(**batch).logits
-        folder = short.location.folder
-        assert folder.is_dir()
         return float(
             torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
         )
 
-    expected = []
-    for round_ in range(2):
-        tried = {}
-        for name in model.blocks()[0]:
-            if name not in expected:
-                model = open_model(folder, tmp_path / f"{round_}-{name}")
-                tried[name] = loss([*expected, name])
-        expected.append(min(tried, key=tried.get))
-    _, result = measured(folder, tmp_path / "greedy", rows, drop=2, by="loss")
-    assert sorted(expected) == result.changed
-    last = result.metrics[f"{expected[1]}.loss_without_nats"]
-    assert last == pytest.approx(tried[expected[1]], rel=1e-5)
+    losses = {pair: loss(pair) for pair in itertools.combinations(stack, 2)}
+    _, result = measured(folder, tmp_path / "searched", rows, drop=2, by="loss")
+    found = tuple(result.changed)
+    assert losses[found] == min(value for pair, value in losses.items() if set(pair) & set(found))
+    assert min(result.metrics[f"{name}.loss_without_nats"] for name in found) == pytest.approx(losses[found], rel=1e-5)
+
+
+def test_a_block_that_went_first_comes_back_when_others_go_better_together(monkeypatch, family, tmp_path):
+    losses = {"1": 1.0, "2": 2.0, "3": 3.0, "0": 4.0, "12": 5.0, "13": 5.5, "01": 7.0, "23": 4.5, "02": 6.0, "03": 6.0}
+
+    def without(self, dropped, rows):
+        return losses["".join(sorted(name[-1] for name in dropped))]
+
+    monkeypatch.setattr(TorchModel, "loss_without", without)
+    _, result = measured(deep(family, "llama"), tmp_path / "model", random_rows(2, 8), drop=2, by="loss")
+    assert result.changed == ["model.layers.2", "model.layers.3"]
+    assert "model.layers.3 instead of model.layers.1: 5.0000 to 4.5000 nats" in result.notes
+    assert set(result.metrics) == {
+        "model.layers.2.loss_without_nats",
+        "model.layers.3.loss_without_nats",
+        "dropped_blocks_count",
+    }
 
 
 @pytest.mark.parametrize(
