@@ -161,7 +161,10 @@ def execute(
         return
     import msgspec
 
-    document = {"directory": str(output), **msgspec.to_builtins(manifest)}
+    from ..pipeline.artifact import read_run
+
+    run = msgspec.to_builtins(read_run(output))
+    document = {"directory": str(output), **msgspec.to_builtins(manifest), "run": run}
     screen.show(manifest_sections(manifest, output, source_bytes=plan.facts.bytes), document, summary=True)
 
 

@@ -1,12 +1,17 @@
-"""`llmopt.json`: what an artifact is made of, and how that was proved. No times, so that builds repeat."""
+"""What is recorded of an artifact, in two files.
+
+`llmopt.json`: what it is made of, and how that was proved; the same each time the recipe is built.
+`llmopt.run.json`: how the build that made it went: times, memory, the machine, what gates measured. No hash covers it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 MANIFEST = "llmopt.json"
+RUN = "llmopt.run.json"
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -81,3 +86,93 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     passes: list[PassRecord]
     exports: list[ExportRecord]
     files: dict[str, FileRecord] = {}
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a run took place; `memory_bytes` is None where the system does not tell."""
+
+    processor: str
+    cores: int
+    memory_bytes: int | None
+    system: str
+
+
+class StepRecord(msgspec.Struct, kw_only=True):
+    """A part of a run; filled in while it goes on.
+
+    Attributes:
+        name: as in the recipe (`rtn`); passes of one sweep together (`smooth + gptq`); `export onnx`, `verify onnx`.
+        seconds: by a clock that only goes forward.
+        cpu_seconds: of all threads and child processes.
+        peak_memory_bytes: largest resident memory of the process while it went on; where the system does not tell the
+            present one, the largest since the process began.
+        cached: whether the result was taken from the cache.
+        blocks_resumed: how many finished blocks were taken over from a run that did not end.
+        seconds_saved: what it took when it was made, where it was cached.
+    """
+
+    name: str
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    cached: bool = False
+    blocks_resumed: int = 0
+    seconds_saved: float = 0.0
+
+
+class GateRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A gate of the recipe, and what was measured for it.
+
+    Attributes:
+        text: as written.
+        metric: what is measured.
+        value: what was measured.
+        low: lower end of the confidence interval of `value`.
+        high: its upper end.
+        limit: what it is compared with.
+        comparison: how, such as `<=`.
+        unit: of value, interval and limit.
+        verdict: "undecided" when the interval holds the limit.
+        samples: how many were measured.
+        samples_needed: about how many would decide it; None where it is decided.
+        against: "source" when it is measured against the source, None when it is absolute.
+        export: which one was measured.
+    """
+
+    text: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    limit: float
+    comparison: str
+    unit: str
+    verdict: Literal["passed", "failed", "undecided"]
+    samples: int
+    samples_needed: int | None = None
+    against: Literal["source"] | None = None
+    export: str
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """How the run went that made an artifact.
+
+    Attributes:
+        started: when, ISO 8601 in UTC.
+        seconds: how long it took.
+        cpu_seconds: of all threads and child processes.
+        peak_memory_bytes: largest resident memory of the process.
+        machine: where.
+        threads: how many a computation was divided among.
+        steps: in the order in which they ran.
+        gates: in the recipe's order.
+    """
+
+    started: str
+    seconds: float
+    cpu_seconds: float
+    peak_memory_bytes: int
+    machine: Machine
+    threads: int
+    steps: list[StepRecord]
+    gates: list[GateRecord] = []

@@ -15,6 +15,7 @@ _OTHERS = frozenset(
         "genai_config.json",
         "llmopt.json",
         "llmopt.reference.json",
+        "llmopt.run.json",
         MODULES,
     }
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from ..core.errors import LlmoptError, UsageError
-from ..core.manifest import MANIFEST, ExportRecord, Manifest
+from ..core.manifest import MANIFEST, RUN, ExportRecord, Manifest, RunRecord
 from ..core.recipe import ModelSpec
 from ..core.runtime import Runtime
 from ..models.locate import locate, looks_like_hub_id, near_folder
@@ -100,3 +100,19 @@ def read_manifest(root: Path) -> Manifest | None:
     except (UnicodeDecodeError, json.JSONDecodeError, msgspec.ValidationError) as error:
         hint = "build the artifact again; without llmopt.json the folder still opens in its runtime"
         raise LlmoptError(f"{MANIFEST} is damaged", where=f"{path}\n{error}", hint=hint) from None
+
+
+def read_run(root: Path) -> RunRecord | None:
+    """Return how the run went that made the artifact in `root`, None if that is not kept.
+
+    Raises:
+        LlmoptError: the record is damaged.
+    """
+    path = root / RUN
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), RunRecord)
+    except (UnicodeDecodeError, json.JSONDecodeError, msgspec.ValidationError) as error:
+        hint = "remove it: the artifact is whole without it"
+        raise LlmoptError(f"{RUN} is damaged", where=f"{path}\n{error}", hint=hint) from None

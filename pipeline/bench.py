@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from ..core.errors import LlmoptError, UsageError
@@ -19,6 +17,7 @@ from ..models.locate import read_config
 from .artifact import Artifact, open_artifact
 from .batching import fixed
 from .bench_worker import LATENCIES, generates
+from .machine import processor
 from .texts import Encoded, Encoder, longest_text, open_texts
 
 _TEXTS, _BATCH = 64, 8
@@ -123,16 +122,6 @@ def _texts(artifact: Artifact, data: str | None, column: str | None) -> _Texts:
         raise UsageError(f"`{data}` holds no texts", hint="name a file with texts in it")
     padding = getattr(tokenizer, "pad_token_id", None)
     return _Texts([[rows[at] for at in batch] for batch in fixed([len(row.ids) for row in rows], _BATCH)], padding or 0)
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 class _Worker:

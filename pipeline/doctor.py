@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exporters import EXPORTERS
-from .bench import processor
+from .machine import memory_bytes, processor
 
 _RUNTIMES = {
     "transformers": ("transformers", "opens safetensors artifacts"),
@@ -48,7 +48,7 @@ def doctor() -> dict[str, Any]:
         "machine": {
             "processor": processor(),
             "cores": os.cpu_count(),
-            "memory_bytes": _memory(),
+            "memory_bytes": memory_bytes(),
             "system": f"{platform.system()} {platform.release()}",
             "python": platform.python_version(),
             "instruction_sets": ", ".join(name for name, there in instruction_sets().items() if there) or "unknown",
@@ -89,12 +89,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _memory() -> int | None:
-    if "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _gpus() -> list[str]:

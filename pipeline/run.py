@@ -17,7 +17,7 @@ import msgspec
 from ..calibration.samples import Samples, load_samples
 from ..core.errors import UnmetError, UsageError
 from ..core.exports import ExportContext, GraphExporter
-from ..core.manifest import MANIFEST, ExportRecord, FileRecord, Manifest, Parity, PassRecord
+from ..core.manifest import MANIFEST, RUN, ExportRecord, FileRecord, Manifest, Parity, PassRecord
 from ..core.passes import BlockPass, GraphPass, ModelPass, PassContext, PassResult, SurveyPass
 from ..core.plan import Limits, Plan
 from ..core.processes import is_main, left_alone, world_size
@@ -34,6 +34,7 @@ from .lowering import export_graph, graph_passes
 from .materials import Start, with_materials
 from .output import Staging, file_record, file_records, inputs_of, readable, staging
 from .parity import ROWS, Reference, compare, make_reference
+from .record import Recorder
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
 from .sweep import run_sweep
 
@@ -78,6 +79,7 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
     """
     if not is_main():
         reporter = Silent()
+    recorder = Recorder()
     with staging(output, force=force, inputs=inputs_of(plan.recipe)) as stage:
         location = locate(plan.recipe.model)
         checkpoint = Checkpoint(location.folder) if location.graph is None else GraphSource(location, plan.facts)
@@ -100,7 +102,7 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
             model = TorchModel.create(location, checkpoint, plan.facts, stage.work)
             _warn_of_unused(model, reporter)
             start = Start(location, checkpoint, plan.facts, plan.recipe.calibration, stage.work)
-            model, results, context = _run_passes(model, passes, context, plan.limits, start)
+            model, results, context = _run_passes(model, passes, context, plan.limits, start, recorder=recorder)
             if not is_main():
                 records = [_pass_record(one, result) for one, result in zip(passes, results, strict=False)]
                 return _manifest(plan, source, records, [], {})
@@ -109,11 +111,18 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
             reference = make_reference(model, held_out, plan.recipe.seed, axes)
         records = [_pass_record(one, result) for one, result in zip(passes, results, strict=True)]
         exports = _run_exports(
-            model, every, exporters_of(plan.recipe), reference=reference, stage=stage, context=context
+            model,
+            every,
+            exporters_of(plan.recipe),
+            reference=reference,
+            stage=stage,
+            context=context,
+            recorder=recorder,
         )
         kept = _keep_answers(reference, stage.root)
         manifest = _manifest(plan, source, records, exports, kept)
-        _write(manifest, stage.root)
+        _write(manifest, stage.root / MANIFEST)
+        _write(recorder.finish(), stage.root / RUN)
         readable(stage.root)
         _refuse_unmet(exports, stage, output)
         stage.commit()
@@ -165,24 +174,27 @@ def _run_passes(
     context: PassContext,
     limits: Limits,
     start: Start,
+    *,
+    recorder: Recorder,
 ) -> tuple[TorchModel, list[PassResult], PassContext]:
     """Return the model, what each pass did, and the context as they left it for the passes on graphs."""
     results: list[PassResult] = []
     for group in sweeps(passes):
         if not is_main() and not any(one.trains() for one in passes[len(results) :]):
             break
-        if isinstance(group[0], SurveyPass):
-            model, result = _survey(model, group[0], context, limits)
-            results.append(result)
-            context = replace(context, allocation={**context.allocation, **result.allocation})
-        elif isinstance(group[0], BlockPass):
-            results += run_sweep(model, cast("list[BlockPass[Any]]", group), context.rows, context, limits)
-        else:
-            materials = with_materials(group[0], model, context, start, len(results) + 1)
-            changed, result = cast("ModelPass[Any]", group[0]).run(model, materials)
-            model = cast("TorchModel", changed)
-            results.append(result)
-            context = replace(context, rows=_renumbered(context.rows, result))
+        with recorder.step(" + ".join(one.name for one in group)):
+            if isinstance(group[0], SurveyPass):
+                model, result = _survey(model, group[0], context, limits)
+                results.append(result)
+                context = replace(context, allocation={**context.allocation, **result.allocation})
+            elif isinstance(group[0], BlockPass):
+                results += run_sweep(model, cast("list[BlockPass[Any]]", group), context.rows, context, limits)
+            else:
+                materials = with_materials(group[0], model, context, start, len(results) + 1)
+                changed, result = cast("ModelPass[Any]", group[0]).run(model, materials)
+                model = cast("TorchModel", changed)
+                results.append(result)
+                context = replace(context, rows=_renumbered(context.rows, result))
         for one, result in zip(group, results[-len(group) :], strict=True):
             for note in result.notes:
                 context.reporter.note(f"{one.name}: {note}")
@@ -216,6 +228,7 @@ def _run_exports(
     reference: Reference,
     stage: Staging,
     context: PassContext,
+    recorder: Recorder,
 ) -> list[ExportRecord]:
     reporter = context.reporter
     records: list[ExportRecord] = []
@@ -224,12 +237,13 @@ def _run_exports(
         directory.mkdir(exist_ok=True)
         applied: list[GraphPass[Any]] = []
         results: list[PassResult] = []
-        if isinstance(exporter, GraphExporter):
-            applied = graph_passes(exporter, passes, traced=isinstance(model, TorchModel))
-            result, results = export_graph(exporter, model, applied, directory, rows=context.rows, context=context)
-        else:
-            assert isinstance(model, TorchModel)  # the plan refuses others
-            result = exporter.export(model, directory, ExportContext(reporter=reporter))
+        with recorder.step(f"export {exporter.name}"):
+            if isinstance(exporter, GraphExporter):
+                applied = graph_passes(exporter, passes, traced=isinstance(model, TorchModel))
+                result, results = export_graph(exporter, model, applied, directory, rows=context.rows, context=context)
+            else:
+                assert isinstance(model, TorchModel)  # the plan refuses others
+                result = exporter.export(model, directory, ExportContext(reporter=reporter))
         for one, made in zip(applied, results, strict=True):
             for note in made.notes:
                 reporter.note(f"{one.name}: {note}")
@@ -237,7 +251,8 @@ def _run_exports(
             reporter.note(f"{exporter.name}: {note}")
         files = in_background(partial(file_records, directory))
         drop = max((drop for one in applied if (drop := one.drop()) is not None), default=None)
-        with reporter.step(f"verifying {exporter.name} in {exporter.opened_in()}", 1) as step:
+        title = f"verifying {exporter.name} in {exporter.opened_in()}"
+        with recorder.step(f"verify {exporter.name}"), reporter.step(title, 1) as step:
             parity = compare(exporter, model, directory, reference, drop=drop, rounded=result.rounded)
             step.advance(detail=in_words(parity))
         records.append(
@@ -353,6 +368,6 @@ def _versions() -> dict[str, str]:
     return {each.metadata["Name"].lower(): each.version for name in _VERSIONED for each in distributions(name=name)}
 
 
-def _write(manifest: Manifest, root: Path) -> None:
-    text = json.dumps(msgspec.to_builtins(manifest), indent=2, ensure_ascii=False) + "\n"
-    (root / MANIFEST).write_text(text, encoding="utf-8")
+def _write(record: msgspec.Struct, path: Path) -> None:
+    text = json.dumps(msgspec.to_builtins(record), indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")

@@ -71,7 +71,8 @@ def test_several_exports_lie_side_by_side(built):
     made = json.loads(ended.stdout)
     assert made["directory"] == str(folder / "out")
     assert [record["name"] for record in made["exports"]] == list(NAMES)
-    assert {path.name for path in (folder / "out").iterdir()} == {*NAMES, "llmopt.json", "llmopt.reference.json"}
+    kept = {"llmopt.json", "llmopt.reference.json", "llmopt.run.json"}
+    assert {path.name for path in (folder / "out").iterdir()} == {*NAMES, *kept}
     assert json.loads((folder / "out" / "llmopt.json").read_text())["exports"] == made["exports"]
     for record in made["exports"]:
         check = record["verification"]
@@ -96,6 +97,7 @@ def test_the_saved_recipe_builds_the_same_bytes(built, tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, check=True)  # another process, other hash seeds
     assert (ended.stdout, ended.stderr) == ("", "")
     before, after = files(folder / "out"), files(tmp_path / "again")
+    assert before.pop("llmopt.run.json") != after.pop("llmopt.run.json")  # its times
     assert sorted(before) == sorted(after)
     assert [name for name in before if before[name] != after[name]] == []
 
