@@ -1,12 +1,13 @@
-"""What learning wins back: layers removed from a decoder, a 2-bit student, half the layers of a sentence encoder.
+"""What learning wins back: layers and neurons removed from a decoder, a 2-bit student, half a sentence encoder.
 
     python benchmarks/distillation.py depth MODEL --text FILE --data FILE --work DIR [--steps 400]
+    python benchmarks/distillation.py width MODEL --text FILE --data FILE --work DIR [--steps 400]
     python benchmarks/distillation.py rounded MODEL --text FILE --data FILE --work DIR [--steps 150]
     python benchmarks/distillation.py encoder MODEL --text FILE --sentences CSV --work DIR [--steps 300]
 
 Students learn from FILE of `--text` and are measured on that of `--data`: windows of 255 tokens after a BOS. `depth`
-first tries every pair of layers on the text and removes the one that costs least; then the same steps are made with the
-teacher's answers (kl) and with the text alone (lm). `encoder` keeps every other layer; `--sentences` holds pairs of
+first tries every pair of layers on the text and removes the one that costs least, `width` takes 30 % of the neurons out;
+then the same steps are made with the teacher's answers (kl) and with the text alone (lm). `encoder` keeps every other layer; `--sentences` holds pairs of
 sentences with a score, whose Spearman correlation with the cosine of their embeddings is measured. What lies in DIR
 already is not made again.
 """
@@ -125,28 +126,39 @@ def best_pair(model: Path, rows: Sequence[list[int]]) -> tuple[int, int]:
 
 def depth(args: argparse.Namespace) -> None:
     pair = tuple(args.layers) if args.layers else best_pair(args.model, windows(args.model, args.text, 24))
-    student = without_layers(args.model, args.work / "student", pair)
+    recovery(args, without_layers(args.model, args.work / "student", pair), f"without layers {pair[0]} and {pair[1]}")
+
+
+def width(args: argparse.Namespace) -> None:
+    calibration = CalibrationSpec(data=str(args.text), samples=64, length=256)
+    narrow = [Step("prune-width", {"mlp": "30%"})]
+    student, _ = made(args.work, "student", lambda: distilled(args.model, narrow, calibration))
+    recovery(args, student, "without 30 % of the neurons")
+
+
+def recovery(args: argparse.Namespace, student: Path, name: str) -> None:
+    """Let a student learn from the whole model, and from text alone, and print what each wins back."""
     common = {
         "teacher": str(args.model),
         "data": str(args.text),
         "length": 256,
         "steps": args.steps,
-        "learning_rate": 1e-3,
+        "learning_rate": args.rate,
         "evaluate_every": max(1, args.steps // 4),
     }
     rows = windows(args.model, args.data, args.windows)
     before, base = loss_of(opened(student), rows), loss_of(opened(args.model), rows)
-    print(f"{describe()}\n\nlayers {pair} removed, {args.steps} steps of 8 x 256 tokens\n")
+    print(f"{describe()}, {torch.get_num_threads()} threads\n\n{args.steps} steps of 8 x 256 tokens\n")
     print("| model | loss, nats | perplexity | won back | seconds |\n| --- | --- | --- | --- | --- |")
-    table = [("whole", base, float("nan")), ("without the two layers", before, float("nan"))]
-    for name in ("kl", "lm"):
+    for row, loss in (("whole", base), (name, before)):
+        print(f"| {row} | {loss:.4f} | {math.exp(loss):.2f} | | |", flush=True)
+    for kind in ("kl", "lm"):
         place, seconds = made(
-            args.work, name, lambda name=name: distilled(student, [Step("distill", {**common, name: 1.0})])
+            args.work, kind, lambda kind=kind: distilled(student, [Step("distill", {**common, kind: 1.0})])
         )
-        table.append((f"{name}, {args.steps} steps", loss_of(opened(place), rows), seconds))
-    for name, loss, seconds in table:
-        share = f"{(before - loss) / (before - base):.1%}" if "steps" in name else ""
-        print(f"| {name} | {loss:.4f} | {math.exp(loss):.2f} | {share} | {seconds:.0f} |")
+        loss = loss_of(opened(place), rows)
+        share = f"{(before - loss) / (before - base):.1%}"
+        print(f"| {kind} | {loss:.4f} | {math.exp(loss):.2f} | {share} | {seconds:.0f} |", flush=True)
 
 
 def rounded(args: argparse.Namespace) -> None:
@@ -234,7 +246,12 @@ def spearman(folder: Path, pairs: Sequence[list[str]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for name, steps, rate in (("depth", 400, 1e-3), ("rounded", 150, 3e-4), ("encoder", 300, 5e-4)):
+    for name, steps, rate in (
+        ("depth", 400, 1e-3),
+        ("width", 400, 1e-3),
+        ("rounded", 150, 3e-4),
+        ("encoder", 300, 5e-4),
+    ):
         one = kinds.add_parser(name)
         one.add_argument("model", type=Path)
         one.add_argument("--text", type=Path, required=True)
@@ -250,7 +267,7 @@ def main() -> None:
             one.add_argument("--layers", type=int, nargs=2, help="remove these; the best pair when left out")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    {"depth": depth, "rounded": rounded, "encoder": encoder}[args.kind](args)
+    {"depth": depth, "width": width, "rounded": rounded, "encoder": encoder}[args.kind](args)
 
 
 if __name__ == "__main__":
