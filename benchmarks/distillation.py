@@ -6,10 +6,10 @@
     python benchmarks/distillation.py encoder MODEL --text FILE --sentences CSV --work DIR [--steps 300]
 
 Students learn from FILE of `--text` and are measured on that of `--data`: windows of 255 tokens after a BOS. `depth`
-first tries every pair of layers on the text and removes the one that costs least, `width` takes 30 % of the neurons out;
-then the same steps are made with the teacher's answers (kl) and with the text alone (lm). `encoder` keeps every other layer; `--sentences` holds pairs of
-sentences with a score, whose Spearman correlation with the cosine of their embeddings is measured. What lies in DIR
-already is not made again.
+first tries every pair of layers on the text and removes the one that costs least, `width` takes 30 % of the neurons
+out; then the same steps are made with the teacher's answers (kl) and with the text alone (lm). `encoder` keeps every
+other layer; `--sentences` holds pairs of sentences with a score, whose Spearman correlation with the cosine of their
+embeddings is measured. What lies in DIR already is not made again.
 """
 
 from __future__ import annotations
