@@ -237,6 +237,10 @@ class GraphPass(Pass[P]):
         """Return how much of the outputs may be lost, as mean 1 - cosine; None when they stay as they were."""
         return None
 
+    def stored_bits(self) -> tuple[float | None, float | None]:
+        """Return the bits that a weight of a product takes, and one of anything else; None for as many as before."""
+        return None, None
+
 
 class SurveyPass(BlockPass[P]):
     """A block pass that looks at every block before a later pass changes any: it has a sweep to itself.

@@ -53,6 +53,10 @@ class CastFp16(GraphPass[CastFp16Params]):
         """Return how much may be lost."""
         return self.params.max_drop
 
+    def stored_bits(self) -> tuple[float | None, float | None]:
+        """Return 16: nearly all weights are halves."""
+        return 16, 16
+
     def run(self, model: GraphModel, context: PassContext) -> PassResult:
         """Find what must stay in float32, and cast the rest.
 

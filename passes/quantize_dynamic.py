@@ -35,6 +35,10 @@ class QuantizeDynamic(GraphPass[QuantizeDynamicParams]):
         """Return how much may be lost."""
         return self.params.max_drop
 
+    def stored_bits(self) -> tuple[float | None, float | None]:
+        """Return the bits of a product's weights; what is looked up stays as it is."""
+        return 8, None
+
     def run(self, model: GraphModel, context: PassContext) -> PassResult:
         """Round every product with constant weights but the one that makes the output.
 

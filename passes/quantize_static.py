@@ -67,6 +67,10 @@ class QuantizeStatic(GraphPass[QuantizeStaticParams]):
         """Return how much may be lost; text that was not calibrated on may lose a little more."""
         return 2 * self.params.max_drop
 
+    def stored_bits(self) -> tuple[float | None, float | None]:
+        """Return the bits of a product's weights; what is looked up stays as it is."""
+        return 8, None
+
     def run(self, model: GraphModel, context: PassContext) -> PassResult:
         """Find the ranges, round, and put products back to float32 until the loss is allowed.
 

@@ -85,6 +85,12 @@ class QuantizeWeights(GraphPass[QuantizeWeightsParams]):
         """Return how much may be lost."""
         return self.params.max_drop
 
+    def stored_bits(self) -> tuple[float | None, float | None]:
+        """Return the bits of the codes, and of a scale for each group."""
+        scale = 32 / (self.params.group_size or _GROUP)
+        products = None if self.params.products in ("none", ()) else self.params.bits + scale
+        return products, None if self.params.embeddings == "none" else self.params.embeddings + scale
+
     def check(self, facts: ModelFacts, target: Target) -> None:
         """Refuse parameters that standard operators cannot hold, and those that leave nothing to do.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from ..core.errors import UsageError
+from ..core.exports import GraphExporter
 from ..core.facts import ModelFacts
 from ..core.params import in_words
 from ..core.passes import AllocationPass, BlockPass, GraphPass, Need
@@ -167,6 +168,8 @@ def _size(exporter: AnyExporter, passes: Sequence[AnyPass], facts: ModelFacts) -
     onnx = exporter.runtime != "transformers"
     width = 4 if onnx and getattr(exporter.params, "dtype", "float32") == "float32" else _WIDTHS[facts.dtype]
     linears = quantized_layers(passes, facts)
+    if isinstance(exporter, GraphExporter) and not linears:
+        return _graph_size(passes, facts, width)
     if not linears or getattr(exporter.params, "format", "auto") == "plain":
         return facts.parameters * width
     rounded = input_grid(passes)
@@ -175,3 +178,14 @@ def _size(exporter: AnyExporter, passes: Sequence[AnyPass], facts: ModelFacts) -
     packed = packed_bytes(passes, facts, scale_bits=8 * width, containers=containers)
     weights = sum(linear.out_features * linear.in_features for linear in linears)
     return int(packed) + (facts.parameters - weights) * width
+
+
+def _graph_size(passes: Sequence[AnyPass], facts: ModelFacts, width: int) -> int:
+    """Estimate the bytes of a graph's weights: those of products, and all others, as its passes store them."""
+    products, others = 8.0 * width, 8.0 * width
+    for one in passes:
+        if isinstance(one, GraphPass):
+            bits = one.stored_bits()
+            products, others = bits[0] or products, bits[1] or others
+    weights = sum(linear.out_features * linear.in_features for linear in facts.linears)
+    return int((weights * products + (facts.parameters - weights) * others) / 8)

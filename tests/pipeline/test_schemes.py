@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import onnx_ir
 import pytest
 from families import random_rows
 from helpers import build, open_model, recipe
@@ -252,3 +253,22 @@ def test_the_plan_knows_the_size(family, tmp_path, passes):
     build(plan.recipe, tmp_path / "made")
     size = sum(tensor.nbytes for tensor in load_file(tmp_path / "made" / "model.safetensors").values())
     assert plan.output_bytes == pytest.approx(size, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("passes", "near"),
+    [
+        ((), 0.01),
+        (({"cast-fp16": {}},), 0.03),
+        (({"quantize-dynamic": {"max_drop": 0.5}},), 0.05),
+        (({"quantize-weights": {"bits": 8, "max_drop": 0.5}},), 0.08),
+        (({"quantize-weights": {"products": "none", "max_drop": 0.5}},), 0.08),
+    ],
+)
+def test_the_plan_knows_the_size_of_a_graph(family, tmp_path, passes, near):
+    folder = family("bert", vocab_size=2048, hidden_size=128, intermediate_size=512)
+    plan = make_plan(recipe(folder, *steps(*passes), export=("onnx", {})))
+    build(plan.recipe, tmp_path / "made")
+    graph = onnx_ir.load(tmp_path / "made" / "model.onnx").graph
+    size = sum(value.const_value.nbytes for value in graph.initializers.values())
+    assert plan.output_bytes == pytest.approx(size, rel=near)
