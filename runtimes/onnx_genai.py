@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.errors import LlmoptError
 from ..core.runtime import Arrays, Runtime, Session
+from ..core.untrusted import read_json
 from .onnxruntime_ import engine_errors
 from .versions import installed
 
@@ -47,7 +48,7 @@ class OnnxGenAI(Runtime):
                 options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
                 config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             model = genai.Model(config)
-        described = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        described = read_json(directory / CONFIG)
         return GenAISession(model, directory, int(described["model"]["context_length"]))
 
 
