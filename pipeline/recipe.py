@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,9 +89,7 @@ class _Nodes:
         if isinstance(node.value, str) and not all(each.isprintable() or each in "\t\n" for each in node.value):
             raise self._refused(node, "holds a character that cannot be shown")
         self._known[id(node)] = 0
-        inner = node.value if isinstance(node.value, list) else []
-        parts = [part for item in cast("list[Any]", inner) for part in (item if isinstance(item, tuple) else (item,))]
-        total = 1 + sum(self.count(part, depth + 1) for part in parts)
+        total = 1 + sum(self.count(part, depth + 1) for part in _parts(node))
         if total > _MAX_NODES:
             raise self._refused(node, f"stands for more than {_MAX_NODES} values")
         self._known[id(node)] = total
@@ -100,6 +99,13 @@ class _Nodes:
         line = node.start_mark.line + 1
         hint = "write a recipe as `llmopt schema` describes it; text goes into quotes"
         return UsageError(f"a value in the recipe {why}", where=f"{self._where}, line {line}", hint=hint)
+
+
+def _parts(node: Any) -> Iterator[Any]:
+    """Yield the nodes in a node: a list's, or a mapping's keys and values."""
+    value: Any = node.value
+    for item in cast("list[Any]", value) if isinstance(value, list) else ():
+        yield from cast("tuple[Any, ...]", item) if isinstance(item, tuple) else (item,)
 
 
 def _refuse_repeated(node: Any, where: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..core.errors import LlmoptError
 from ..core.runtime import Arrays, Runtime, Session
 from ..core.untrusted import read_json
+from ..graphs.limits import check_graph_file
 from .onnxruntime_ import engine_errors
 from .versions import installed
 
@@ -40,6 +41,8 @@ class OnnxGenAI(Runtime):
         Raises:
             LlmoptError: it does not load.
         """
+        for graph in sorted(directory.glob("*.onnx")):
+            check_graph_file(graph)
         genai = _engine()
         genai.disable_telemetry_events()
         with engine_errors("the ONNX Runtime GenAI folder does not load", directory):

@@ -10,6 +10,7 @@ from ..core.errors import LlmoptError
 from ..core.graph import SHARED_CACHE
 from ..core.runtime import Arrays, Runtime, Session
 from ..core.untrusted import read_json
+from ..graphs.limits import check_graph_file
 from .versions import installed
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class OnnxRuntime(Runtime):
         """
         import onnxruntime
 
+        check_graph_file(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
