@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from ..core.errors import LlmoptError, UsageError, nearest
+from ..core.untrusted import UnreadableError
 from .app import COMMANDS
 
 _ClickUsageError, _ClickException = typer.BadParameter.__mro__[1:3]
@@ -23,6 +24,9 @@ def understood(error: BaseException) -> LlmoptError | None:
         # What an engine or a library could not do for want of space is no fault of the model.
         cause = error.__cause__
         return understood(cause) if cause is not None and _is_want_of_room(cause) else error
+    if isinstance(error, UnreadableError):
+        what = "a file is damaged" if error.path is None else f"`{error.path.name}` is damaged"
+        return LlmoptError(what, where=f"{error.path or ''}\n{error}".strip(), hint="fetch or make it again")
     if isinstance(error, _ClickException):
         return _usage(error)
     if _is_memory(error):

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from glob import escape
 from io import RawIOBase
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import LlmoptError
+from ..core.untrusted import MAX_JSON, UnreadableError, check_links, is_plain_name, parse_json, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-_MAX_HEADER = 100 * 1024 * 1024
-_AGAIN = "the checkpoint is damaged: fetch or save it again"
+_MAX_DIMENSIONS = 64
+_MAX_NUMBER = 1 << 62
+_MAX_TENSORS = 1_000_000
 _FETCH_AGAIN = "the checkpoint is damaged: fetch or save it again"
 
 DTYPES: dict[str, tuple[str, int]] = {
@@ -83,8 +85,9 @@ class Checkpoint:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         for shard in _shards(folder):
-            for name, info in read_header(shard).items():
-                self.tensors[name] = info
+            self.tensors.update(read_header(shard))
+            if len(self.tensors) > _MAX_TENSORS:
+                raise _damaged(shard, f"with it the checkpoint has more than {_MAX_TENSORS} tensors")
         if not self.tensors:
             raise LlmoptError("the checkpoint holds no tensor", where=str(folder), hint=_FETCH_AGAIN)
         self._check_index()
@@ -212,25 +215,27 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _weight_map(path: Path) -> Mapping[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        weight_map = read_json(path)["weight_map"]
+    except (UnreadableError, KeyError, TypeError) as error:
         raise LlmoptError(f"{path.name} is damaged", where=f"{path}\n{error!r}", hint=_FETCH_AGAIN) from None
     if not isinstance(weight_map, dict):
         raise LlmoptError(f"{path.name} is damaged", where=f"{path}\n`weight_map` is no object", hint=_FETCH_AGAIN)
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or file in {"", ".", ".."}:
+        if not is_plain_name(file):
             raise LlmoptError(
                 f"{path.name} points outside its folder",
-                where=f"shard name {file!r}",
+                where=f"shard name {str(file)[:200]!r}",
                 hint="put all shards beside the index, and name them there without a path",
             )
     return weight_map
 
 
 def _shards(folder: Path) -> list[Path]:
+    check_links(folder, "*.safetensors", INDEX, "config.json")
     index = folder / INDEX
     if index.is_file():
         files = sorted(set(_weight_map(index).values()))
+        check_links(folder, *map(escape, files))
     elif (folder / "model.safetensors").is_file():
         files = ["model.safetensors"]
     else:
@@ -257,15 +262,15 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
     with shard.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if length < 2 or length > _MAX_HEADER or 8 + length > size:
+        if length < 2 or length > MAX_JSON or 8 + length > size:
             said = f"says {length} bytes" if length >= 0 else "is cut short"
             raise _damaged(shard, f"its header {said}, the file has {size}")
         raw = stream.read(length)
     try:
-        header = json.loads(raw)
+        header = parse_json(raw, unique=True)
         entries = dict(_entries(header, shard, 8 + length))
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise _damaged(shard, f"its header cannot be read: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(shard, f"its header cannot be read: {str(error)[:300]}") from None
     _check_offsets(header, entries, shard, size - 8 - length)
     return entries
 
@@ -274,14 +279,16 @@ def _entries(header: dict[str, Any], shard: Path, start: int) -> Iterator[tuple[
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if not name or not name.isprintable():
+            raise ValueError(f"a tensor's name {name[:100]!r} cannot be shown")
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"`{name}` has the unknown dtype {entry['dtype']!r}")
         dtype, width = DTYPES[entry["dtype"]]
         shape = tuple(entry["shape"])
-        if not all(type(number) is int and number >= 0 for number in (*shape, *entry["data_offsets"])):
+        if len(entry["data_offsets"]) != 2 or len(shape) > _MAX_DIMENSIONS:
+            raise ValueError(f"`{name}` needs two offsets, and at most {_MAX_DIMENSIONS} dimensions")
+        if not all(type(number) is int and 0 <= number < _MAX_NUMBER for number in (*shape, *entry["data_offsets"])):
             raise ValueError(f"`{name}` has a shape or offsets that are no sizes")
-        if len(entry["data_offsets"]) != 2:
-            raise ValueError(f"`{name}` needs two offsets")
         yield name, TensorInfo(shard, dtype, shape, prod(shape) * width, start + entry["data_offsets"][0])
 
 

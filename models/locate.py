@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 
 from ..core.errors import LlmoptError, UsageError
 from ..core.recipe import ModelSpec, Task
+from ..core.untrusted import UnreadableError, check_config, check_links, read_json
 from .sentence import Sentence, is_sentence_folder, read_sentence
 
 GRAPH = "model.onnx"
+_MAX_CONFIG = 16 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _SNAPSHOT = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
@@ -96,16 +98,37 @@ def read_config(folder: Path) -> dict[str, Any]:
         LlmoptError: it is no JSON object.
     """
     path = folder / "config.json"
+    check_links(folder, path.name)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = read_json(path, limit=_MAX_CONFIG)
+    except UnreadableError as error:
         hint = "fetch config.json again, or save it with transformers' save_pretrained"
         raise LlmoptError("config.json is not valid JSON", where=f"{path}\n{error}", hint=hint) from None
-    names = config.get("architectures") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or not isinstance(names or [], list):
-        what = "config.json is not an object" if names is None else "`architectures` in config.json is not a list"
-        raise LlmoptError(what, where=str(path), hint='it begins like {"architectures": ["LlamaForCausalLM"], …')
+    problem = _problem(config)
+    if problem is None:
+        try:
+            check_config(config)
+        except UnreadableError as error:
+            problem = f"config.json makes no model: {error}"
+    if problem is not None:
+        raise LlmoptError(problem, where=str(path), hint='it begins like {"architectures": ["LlamaForCausalLM"], …')
     return config
+
+
+def _problem(config: Any) -> str | None:
+    """Return what is wrong with the fields of a config.json that are read here, None if nothing is."""
+    if not isinstance(config, dict):
+        return "config.json is not an object"
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.isidentifier() for name in names):
+        return "`architectures` in config.json is not a list of names"
+    kind = config.get("model_type") or ""
+    if not isinstance(kind, str) or not re.fullmatch(r"[\w.-]*", kind) or ".." in kind:
+        return "`model_type` in config.json is not a name"
+    for name in ("text_config", "quantization_config"):
+        if not isinstance(config.get(name) or {}, dict):
+            return f"`{name}` in config.json is not an object"
+    return None
 
 
 def context_length(config: dict[str, Any]) -> int | None:

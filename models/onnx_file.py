@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import LlmoptError
 from ..core.facts import ModelFacts
+from ..core.untrusted import is_inner_path, lies_in
+from ..graphs.limits import check_graph_file
 from .locate import Location, read_config
 from .outline import has_tokenizer
 from .side_files import copy_side_files
@@ -75,9 +77,10 @@ def open_graph(path: Path) -> ir.Model:
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
 
+    check_graph_file(path)
     try:
         model = ir.load(path)
-    except (DecodeError, ValueError, TypeError, KeyError, OSError, RecursionError) as error:
+    except (DecodeError, ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError) as error:
         raise _damaged(path, " ".join(str(error).split())[:300] or type(error).__name__) from None
     if not len(model.graph) or not model.graph.outputs:
         raise _damaged(path, f"it holds {len(model.graph)} nodes and {len(model.graph.outputs)} outputs")
@@ -87,6 +90,7 @@ def open_graph(path: Path) -> ir.Model:
         _check_external(path, tensor)
     for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
         tensor = value.const_value
+        _check_inner(path, tensor)
         if isinstance(tensor, ir.ExternalTensor) and tensor.size <= _SMALL:  # shapes are worked out from such
             value.const_value = ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=value.name)
     return model
@@ -160,14 +164,27 @@ def _is_loose(value: ir.Value) -> bool:
     return value.producer() is None and not value.is_graph_input() and not value.is_initializer()
 
 
+def _check_inner(path: Path, tensor: ir.TensorProtocol | None) -> None:
+    """Refuse weights inside the file that are not of the size they say."""
+    import onnx_ir as ir
+
+    if isinstance(tensor, ir.TensorProtoTensor):
+        try:
+            size = len(tensor.tobytes())
+        except (ValueError, TypeError, LookupError) as error:
+            raise _damaged(path, f"`{tensor.name}` cannot be read: {str(error)[:300]}") from None
+        if size != tensor.nbytes:
+            raise _damaged(path, f"`{tensor.name}` takes {tensor.nbytes} bytes, the file holds {size}")
+
+
 def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
     """Refuse weights that are missing, cut short, or not the graph's own files."""
-    name, folder = str(tensor.location), path.parent.resolve()
+    name = str(tensor.location)
     place = path.parent / name
-    if not place.resolve().is_relative_to(folder) or Path(name).is_absolute():
+    if not is_inner_path(name) or not lies_in(place, path.parent):
         raise LlmoptError(
             f"the weights of `{path.name}` lie outside its folder",
-            where=f"`{tensor.name}` is in {name!r}, which is {place.resolve()}",
+            where=f"`{tensor.name}` is in {name[:300]!r}{_led_to(place)}",
             hint="put the files with the weights themselves, no links, into the graph's folder",
         )
     if not place.is_file():
@@ -176,9 +193,15 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
             where=f"`{tensor.name}` should be in {place}",
             hint="fetch that file too: a graph and its external data belong together",
         )
-    end, size = (tensor.offset or 0) + (tensor.length or tensor.nbytes), place.stat().st_size
-    if end > size or (tensor.offset or 0) < 0 or (tensor.length not in (None, tensor.nbytes)):
+    size = place.stat().st_size
+    end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+    if not 0 <= (tensor.offset or 0) <= end <= size or (tensor.length not in (None, tensor.nbytes)):
         raise _damaged(place, f"`{tensor.name}` takes {tensor.nbytes} bytes up to byte {end}, the file has {size}")
+
+
+def _led_to(place: Path) -> str:
+    """Return where a link leads, in words; nothing for a path that is none."""
+    return f", a link to {place.readlink()}" if str(place).isprintable() and place.is_symlink() else ""
 
 
 def _damaged(path: Path, why: str) -> LlmoptError:

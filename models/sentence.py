@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import LlmoptError, UsageError
+from ..core.untrusted import UnreadableError, is_inner_path, lies_in, read_json
 
 MODULES = "modules.json"
 _SETTINGS = ("sentence_bert_config.json", "config_sentence_transformers.json")
+_MAX_SETTINGS = 16 << 20
 _FLAG, _FLAG_END = "pooling_mode_", "_tokens"
 
 POOLING = ("cls", "max", "mean", "mean_sqrt_len", "weightedmean", "lasttoken")
@@ -99,9 +101,9 @@ def read_sentence(root: Path) -> Sentence:
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise _unknown(root, f"its modules are {', '.join(kinds)}", "a Transformer followed by a Pooling is known")
     for one in modules:
-        path = Path(str(one.setdefault("path", "")))
-        if path.is_absolute() or ".." in path.parts:
-            raise _damaged(root / MODULES, f"path {str(path)!r} leads out of the folder")
+        path = str(one.setdefault("path", ""))
+        if not is_inner_path(path or ".") or not lies_in(root / path, root):
+            raise _damaged(root / MODULES, f"path {path[:200]!r} leads out of the folder")
     dense: list[Dense] = []
     for kind, module in zip(kinds[2:], modules[2:], strict=True):
         if kind == "Dense":
@@ -158,11 +160,14 @@ def _dense(folder: Path) -> Dense:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, limit=_MAX_SETTINGS)
     except FileNotFoundError:
         raise _damaged(path, "there is no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UnreadableError as error:
         raise _damaged(path, str(error)) from None
+    if path.name != MODULES and not isinstance(content, dict):
+        raise _damaged(path, "it is no object")
+    return content
 
 
 def _damaged(path: Path, why: str) -> LlmoptError:

@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..core.errors import UsageError
+from ..core.untrusted import UnreadableError, check_json_size, check_links
 from .locate import context_length
 from .skeleton import Skeleton, quiet
 
+_TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "processor_config.json")
 _PROOF_ROWS = 2
 _PROOF_LENGTH = 16
 """Random tokens that two forms of one model are compared on."""
@@ -27,11 +29,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         UsageError: there is none that transformers can load.
     """
     try:
+        check_tokenizer_files(folder)
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ImportError) as error:
         raise UsageError(
             f"no tokenizer can be loaded from `{folder}`",
             where=" ".join(str(error).split())[:300] or type(error).__name__,
@@ -39,6 +42,22 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         ) from None
     tokenizer.model_max_length = 10**30  # rows are cut by llmopt; the library's warning about length would mislead
     return tokenizer
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Refuse files that a tokenizer's library would read whole, if they are too large, or lie elsewhere.
+
+    Raises:
+        UnreadableError: it names the file.
+        LlmoptError: a file is a link that leads out of the folder.
+    """
+    check_links(folder, *_TOKENIZER_FILES)
+    for pattern in _TOKENIZER_FILES:
+        for path in sorted(folder.glob(pattern)):
+            try:
+                check_json_size(path)
+            except UnreadableError as error:
+                raise UnreadableError(f"{path.name}: {error}") from None
 
 
 def batches(rows: Sequence[Sequence[int]], *, decoder: bool, tokens: int = 2048) -> list[dict[str, Tensor]]:

@@ -6,7 +6,6 @@ one weight after the other.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..core.errors import LlmoptError
 from .checkpoint import Checkpoint
 from .handle import TorchModel
+from .locate import read_config
 from .store import IN_CACHE
 
 _PACKED, _SCALE, _ZERO, _SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
@@ -35,7 +35,7 @@ class UnpackedFolder:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._checkpoint = Checkpoint(directory)
-        self._schemes = _schemes(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+        self._schemes = _schemes(read_config(directory))
 
     def read(self, name: str) -> Tensor:
         """Return a tensor in the dtype that its readers give it.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from ..core.untrusted import read_json
 
 
 def vocabulary(folder: Path, *, trust_remote_code: bool = False) -> dict[str, int]:
@@ -16,9 +17,8 @@ def vocabulary(folder: Path, *, trust_remote_code: bool = False) -> dict[str, in
     path = folder / "tokenizer.json"
     if path.is_file():
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return _listed(content)
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            return _listed(read_json(path))
+        except (ValueError, LookupError, TypeError, AttributeError):
             pass  # another layout of the file: the library reads it, or says what is wrong with it
     from .text import load_tokenizer
 

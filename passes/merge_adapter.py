@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from ..core.model import ModelHandle
 from ..core.params import Params
 from ..core.passes import ModelPass, PassContext, PassResult
 from ..core.target import Target
+from ..core.untrusted import MAX_JSON, parse_json, read_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -129,7 +129,7 @@ def read_adapter(folder: Path) -> Adapter:
             hint="save it again with peft: save_pretrained writes safetensors",
         )
     try:
-        config: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config: Any = read_json(folder / CONFIG)
         shapes = _shapes(folder / WEIGHTS)
         kind = str(config.get("peft_type"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -179,7 +179,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes in the header of a safetensors file: its length, then JSON."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_HEADER_LENGTH), "little")
-        header = json.loads(file.read(min(length, path.stat().st_size)))
+        header = parse_json(file.read(min(length, MAX_JSON)))
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 

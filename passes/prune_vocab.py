@@ -16,6 +16,7 @@ from ..core.model import ModelHandle
 from ..core.params import Params
 from ..core.passes import ModelPass, Need, PassContext, PassResult
 from ..core.target import Target
+from ..core.untrusted import read_json
 from .tokenizer_json import Vocabulary, closed, renumbered, special_ids
 
 FILE = "tokenizer.json"
@@ -165,7 +166,7 @@ def _rewriting(vocabulary: Vocabulary, places: Mapping[int, int]) -> Callable[[P
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ..core.errors import LlmoptError, UsageError
 from ..core.manifest import MANIFEST, RUN, ExportRecord, Manifest, RunRecord
 from ..core.recipe import ModelSpec
 from ..core.runtime import Runtime
+from ..core.untrusted import UnreadableError, is_inner_path, read_json
 from ..models.locate import locate, looks_like_hub_id, near_folder
 from ..runtimes import RUNTIMES
 
@@ -96,10 +96,12 @@ def read_manifest(root: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Manifest)
-    except (UnicodeDecodeError, json.JSONDecodeError, msgspec.ValidationError) as error:
+        manifest = msgspec.convert(read_json(path), Manifest)
+        _check_manifest(manifest)
+    except (UnreadableError, msgspec.ValidationError, RecursionError) as error:
         hint = "build the artifact again; without llmopt.json the folder still opens in its runtime"
         raise LlmoptError(f"{MANIFEST} is damaged", where=f"{path}\n{error}", hint=hint) from None
+    return manifest
 
 
 def read_run(root: Path) -> RunRecord | None:
@@ -112,7 +114,27 @@ def read_run(root: Path) -> RunRecord | None:
     if not path.is_file():
         return None
     try:
-        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), RunRecord)
-    except (UnicodeDecodeError, json.JSONDecodeError, msgspec.ValidationError) as error:
+        return msgspec.convert(read_json(path), RunRecord)
+    except (UnreadableError, msgspec.ValidationError, RecursionError) as error:
         hint = "remove it: the artifact is whole without it"
         raise LlmoptError(f"{RUN} is damaged", where=f"{path}\n{error}", hint=hint) from None
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Refuse what a manifest of ours never says: a file outside of the artifact, a source without a name.
+
+    Raises:
+        UnreadableError: it says what.
+    """
+    records = [manifest.files, *(record.files for record in manifest.exports)]
+    names = [name for files in records for name in files] + [record.directory for record in manifest.exports]
+    for name in names:
+        if not is_inner_path(name):
+            raise UnreadableError(f"{name[:200]!r} is no file of the artifact")
+    if any(file.bytes < 0 for files in records for file in files.values()):
+        raise UnreadableError("a file has a negative size")
+    for key, kind in (("id", str), ("architecture", str), ("bytes", int)):
+        if not isinstance(manifest.source.get(key), kind):
+            raise UnreadableError(f"`source` has no `{key}` that is {kind.__name__}")
+    if not str(manifest.source["id"]).isprintable() or not manifest.exports:
+        raise UnreadableError("it names no export, or its source cannot be shown")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ..core.errors import LlmoptError, UsageError
 from ..core.runtime import Arrays, Session
+from ..core.untrusted import read_json
 from ..models.sentence import is_sentence_folder
 from .texts import Encoded, side_by_side
 
@@ -164,7 +164,7 @@ class Generation(Job):
         ends: Any = self.config.get("eos_token_id")
         path = self.directory / "generation_config.json"
         if path.is_file():
-            ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", ends)
+            ends = read_json(path).get("eos_token_id", ends)
         return set(cast("list[int]", ends)) if isinstance(ends, list) else {ends}
 
 

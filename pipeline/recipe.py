@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,12 @@ from ..core.params import convert
 from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 
 _KEYS = ("model", "calibration", "passes", "exports", "seed")
+_MAX_BYTES = 256 << 10
+_MAX_NODES = 20_000
+_MAX_DEPTH = 32
+_TAGS = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "merge")
+)
 _WRITE_ONE = "give a recipe in YAML; `llmopt quantize ... --save-recipe FILE` writes one"
 
 
@@ -24,7 +31,7 @@ def load_recipe(path: Path) -> Recipe:
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _text(path)
     except FileNotFoundError:
         near = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise UsageError(f"no recipe at `{path}`", hint=nearest(path.name, near) if near else _WRITE_ONE) from None
@@ -33,12 +40,72 @@ def load_recipe(path: Path) -> Recipe:
     except OSError as error:
         raise UsageError(f"cannot read the recipe `{path}`", where=error.strerror, hint=_WRITE_ONE) from None
     try:
-        _refuse_repeated(cast("Any", yaml).compose(text, yaml.SafeLoader), str(path))
+        root = cast("Any", yaml).compose(text, yaml.SafeLoader)
+        _Nodes(str(path)).count(root, 0)
+        _refuse_repeated(root, str(path))
         raw = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         where = str(error).replace('"<unicode string>"', "the recipe")
-        raise UsageError(f"`{path}` is not valid YAML", where=where, hint="mend the recipe there") from None
+        raise UsageError(f"`{path}` is not valid YAML", where=where[:2000], hint="mend the recipe there") from None
     return parse_recipe(raw, where=str(path))
+
+
+def _text(path: Path) -> str:
+    """Return what a recipe's file holds, unless it is far larger than one."""
+    with path.open("rb") as stream:
+        raw = stream.read(_MAX_BYTES + 1)
+    if len(raw) > _MAX_BYTES:
+        raise UsageError(f"`{path}` is no recipe", where=f"it has more than {_MAX_BYTES} bytes", hint=_WRITE_ONE)
+    return raw.decode("utf-8")
+
+
+class _Nodes:
+    """Counts the values of a YAML document as it would be written without aliases.
+
+    An alias costs nothing to read, but everything that walks through the recipe meets what it stands for each time: ten
+    lines of ten aliases each stand for 10^10 values.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._known: dict[int, int] = {}
+
+    def count(self, node: Any, depth: int) -> int:
+        """Return how many values `node` stands for.
+
+        Raises:
+            UsageError: too many, nested too deeply, a ring of aliases, or of a kind that no parameter has.
+        """
+        if node is None:
+            return 0
+        if id(node) in self._known and self._known[id(node)]:
+            return self._known[id(node)]
+        if id(node) in self._known:
+            raise self._refused(node, "holds itself")
+        if depth > _MAX_DEPTH:
+            raise self._refused(node, f"is nested more than {_MAX_DEPTH} levels deep")
+        if node.tag not in _TAGS:
+            raise self._refused(node, f"is a `{node.tag.rpartition(':')[2]}`, which no parameter is")
+        if isinstance(node.value, str) and not all(each.isprintable() or each in "\t\n" for each in node.value):
+            raise self._refused(node, "holds a character that cannot be shown")
+        self._known[id(node)] = 0
+        total = 1 + sum(self.count(part, depth + 1) for part in _parts(node))
+        if total > _MAX_NODES:
+            raise self._refused(node, f"stands for more than {_MAX_NODES} values")
+        self._known[id(node)] = total
+        return total
+
+    def _refused(self, node: Any, why: str) -> UsageError:
+        line = node.start_mark.line + 1
+        hint = "write a recipe as `llmopt schema` describes it; text goes into quotes"
+        return UsageError(f"a value in the recipe {why}", where=f"{self._where}, line {line}", hint=hint)
+
+
+def _parts(node: Any) -> Iterator[Any]:
+    """Yield the nodes in a node: a list's, or a mapping's keys and values."""
+    value: Any = node.value
+    for item in cast("list[Any]", value) if isinstance(value, list) else ():
+        yield from cast("tuple[Any, ...]", item) if isinstance(item, tuple) else (item,)
 
 
 def _refuse_repeated(node: Any, where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.records import Document
 from ..calibration.source import Source, open_source
 from ..core.errors import UsageError
+from ..core.untrusted import read_json
 from ..models.locate import context_length
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def longest_text(directory: Path, config: dict[str, Any], asked: int | None, *, 
 
 def _number(path: Path, name: str) -> int | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8")).get(name)
+        value = read_json(path).get(name)
     except (OSError, ValueError, AttributeError):
         return None
     return value if isinstance(value, int) and 0 < value < 1 << 30 else None

@@ -91,7 +91,7 @@ def _check_answers(root: Path, record: ExportRecord, manifest: Manifest, reporte
             parity = check_fingerprint(
                 kept, session, runtime=runtime.version(), tolerance=record.verification.tolerance
             )
-        except (KeyError, ValueError) as error:
+        except (LookupError, ValueError) as error:
             raise LlmoptError(f"`{kept}` is damaged", where=f"{error!r}", hint="build the artifact again") from None
         finally:
             session.close()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.errors import LlmoptError
 from ..core.runtime import Arrays, Runtime, Session
+from ..core.untrusted import read_json
+from ..graphs.limits import check_graph_file
 from .onnxruntime_ import engine_errors
 from .versions import installed
 
@@ -39,6 +41,8 @@ class OnnxGenAI(Runtime):
         Raises:
             LlmoptError: it does not load.
         """
+        for graph in sorted(directory.glob("*.onnx")):
+            check_graph_file(graph)
         genai = _engine()
         genai.disable_telemetry_events()
         with engine_errors("the ONNX Runtime GenAI folder does not load", directory):
@@ -47,7 +51,7 @@ class OnnxGenAI(Runtime):
                 options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
                 config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             model = genai.Model(config)
-        described = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        described = read_json(directory / CONFIG)
         return GenAISession(model, directory, int(described["model"]["context_length"]))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..core.errors import LlmoptError
 from ..core.graph import SHARED_CACHE
 from ..core.runtime import Arrays, Runtime, Session
+from ..core.untrusted import read_json
+from ..graphs.limits import check_graph_file
 from .versions import installed
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class OnnxRuntime(Runtime):
         """
         import onnxruntime
 
+        check_graph_file(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
@@ -218,7 +220,7 @@ class OnnxSession(Session):
         return tokens[1:]
 
     def _decoder_start(self) -> int:
-        config = json.loads((self._directory / "config.json").read_text(encoding="utf-8"))
+        config = read_json(self._directory / "config.json")
         start = config.get("decoder_start_token_id")
         if start is None:
             raise LlmoptError("config.json has no decoder_start_token_id", where=str(self._directory))

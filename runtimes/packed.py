@@ -11,12 +11,12 @@ result.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import LlmoptError
 from ..core.runtime import Runtime
+from ..core.untrusted import read_json
 from .transformers_ import PACKED, TransformersSession, is_model_folder, load, quant_method
 from .versions import installed
 
@@ -53,7 +53,7 @@ def dequantized(directory: Path) -> dict[str, Tensor]:
     """
     from safetensors import safe_open
 
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = read_json(directory / "config.json")["quantization_config"]
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Tensor]] = {}
     for path in sorted(directory.glob("*.safetensors")):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import LlmoptError
 from ..core.runtime import Arrays, Runtime, Session
+from ..core.untrusted import UnreadableError, check_config, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,10 +100,25 @@ def is_model_folder(directory: Path) -> bool:
 def quant_method(directory: Path) -> str | None:
     """Return `quant_method` of a folder's config.json, None where there is none."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = read_json(directory / "config.json")
         return config["quantization_config"]["quant_method"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def runtime_config(directory: Path) -> dict[str, Any]:
+    """Return a folder's config.json.
+
+    Raises:
+        LlmoptError: it is none, or makes no model.
+    """
+    try:
+        config = read_json(directory / "config.json")
+        check_config(config)
+    except (UnreadableError, AttributeError) as error:
+        hint = "build the artifact again, or fetch the model again"
+        raise LlmoptError("config.json is damaged", where=f"{directory}\n{error}", hint=hint) from None
+    return config
 
 
 def load(
@@ -124,7 +139,7 @@ def load(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = runtime_config(directory)
     name = (config.get("architectures") or [""])[0]
     kind: Any = getattr(transformers, name, None) or transformers.AutoModel
     level = transformers.logging.get_verbosity()

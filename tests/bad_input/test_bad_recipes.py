@@ -13,7 +13,7 @@ FILES = {
     "no-yaml": ("a: [b", "is not valid YAML", "mend the recipe there"),
     "no-utf-8": (b"\xff\xfe", "is not UTF-8", "give a recipe in YAML"),
     "binary": (b"\0\1\2", "is not valid YAML", "mend the recipe there"),
-    "code": (MODEL + "passes: !!python/object/apply:os.getcwd []\n", "is not valid YAML", "mend the recipe there"),
+    "code": (MODEL + "passes: !!python/object/apply:os.getcwd []\n", "which no parameter is", "into quotes"),
     "list": ("- a\n", "a recipe is a mapping", "its keys are model,"),
     "scalar": ("model\n", "a recipe is a mapping", "its keys are model,"),
     "empty": ("", "a recipe is a mapping", "its keys are model,"),

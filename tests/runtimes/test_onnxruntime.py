@@ -81,12 +81,12 @@ def test_generating_goes_through_the_cache(tmp_path: Path):
     session.close()
 
 
-def test_a_broken_file_is_told_with_the_engines_message(tmp_path: Path):
+def test_a_broken_file_is_refused_before_the_engine_sees_it(tmp_path: Path):
     counting_model(tmp_path, broken=True)
-    with pytest.raises(LlmoptError, match="does not load") as error:
+    with pytest.raises(LlmoptError, match="is damaged") as error:
         OnnxRuntime().open(tmp_path)
     assert error.value.where is not None
-    assert "rotobuf" in error.value.where
+    assert "protobuf" in error.value.where
 
 
 def test_a_missing_input_is_named(tmp_path: Path):
