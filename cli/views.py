@@ -93,7 +93,7 @@ def export_sections(
 
 
 def _passes(records: Sequence[PassRecord], recipe: Mapping[str, Any]) -> Table:
-    """Show what passes did; figures of single layers, whose names have a dot, are in the manifest alone."""
+    """Show what passes did; figures of single layers are in the manifest alone."""
     given: dict[str, Mapping[str, Any]] = {}
     for step in recipe.get("passes", ()):
         if isinstance(step, Mapping):
@@ -101,7 +101,7 @@ def _passes(records: Sequence[PassRecord], recipe: Mapping[str, Any]) -> Table:
     rows = []
     for record in records:
         kind = record.name.rpartition(": ")[2]
-        metrics = [" ".join(labelled(name, value)) for name, value in record.metrics.items() if "." not in name]
+        metrics = [" ".join(labelled(name, value)) for name, value in record.metrics.items()]
         params = _chosen(kind, record.params, given.get(kind) or {})
         shown = (", ".join(params) or "as usual", ", ".join(metrics) or "-")
         rows.append((record.name, str(len(record.changed)), str(len(record.skipped)), *shown))

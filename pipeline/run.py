@@ -179,6 +179,7 @@ def _run_passes(
 ) -> tuple[TorchModel, list[PassResult], PassContext]:
     """Return the model, what each pass did, and the context as they left it for the passes on graphs."""
     results: list[PassResult] = []
+    size = model.nbytes
     for group in sweeps(passes):
         if not is_main() and not any(one.trains() for one in passes[len(results) :]):
             break
@@ -195,10 +196,22 @@ def _run_passes(
                 model = cast("TorchModel", changed)
                 results.append(result)
                 context = replace(context, rows=_renumbered(context.rows, result))
-        for one, result in zip(group, results[-len(group) :], strict=True):
+        done = list(zip(group, results[-len(group) :], strict=True))
+        size = _note_sizes(done, size, model.nbytes)
+        for one, result in done:
             for note in result.notes:
                 context.reporter.note(f"{one.name}: {note}")
     return model, results, context
+
+
+def _note_sizes(done: Sequence[tuple[AnyPass, PassResult]], before: int, after: int) -> int:
+    """Note the model's bytes after each pass of a sweep: they change with the first that rounds weights."""
+    size = before
+    for at, (one, result) in enumerate(done):
+        if one.grid() is not None or at == len(done) - 1:
+            size = after
+        result.weight_bytes = size
+    return after
 
 
 def _renumbered(rows: Sequence[Sequence[int]], result: PassResult) -> list[list[int]]:
@@ -323,6 +336,8 @@ def _pass_record(one: AnyPass, result: PassResult) -> PassRecord:
         notes=result.notes,
         allocation=result.allocation,
         curve=result.curve,
+        layers=result.layers,
+        weight_bytes=result.weight_bytes,
     )
 
 
