@@ -28,11 +28,13 @@ from ..models.locate import Location, locate
 from ..models.onnx_file import GraphSource
 from ..models.text import load_tokenizer
 from .background import in_background
+from .card import CARD, license_of, write_card
 from .fingerprint import FINGERPRINT, write_fingerprint
 from .graph_reference import graph_reference
 from .lowering import export_graph, graph_passes
 from .materials import Start, with_materials
 from .output import Staging, file_record, file_records, inputs_of, readable, staging
+from .parts import source_parts
 from .parity import ROWS, Reference, compare, make_reference
 from .record import Recorder
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
@@ -120,7 +122,7 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
             recorder=recorder,
         )
         kept = _keep_answers(reference, stage.root)
-        manifest = _manifest(plan, source, records, exports, kept)
+        manifest = _with_card(_manifest(plan, source, records, exports, kept), stage.root)
         _write(manifest, stage.root / MANIFEST)
         _write(recorder.finish(), stage.root / RUN)
         readable(stage.root)
@@ -289,6 +291,12 @@ def _keep_answers(reference: Reference, root: Path) -> dict[str, FileRecord]:
     return {FINGERPRINT: file_record(root / FINGERPRINT)}
 
 
+def _with_card(manifest: Manifest, root: Path) -> Manifest:
+    """Write the model card, and return the manifest with that file among the others."""
+    path = write_card(manifest, root)
+    return msgspec.structs.replace(manifest, files={CARD: file_record(path), **manifest.files})
+
+
 def in_words(parity: Parity) -> str:
     """Return the figures of a comparison in a line."""
     parts = [f"max difference {parity.max_difference:.3g}"]
@@ -361,6 +369,8 @@ def _manifest(
             "dtype": plan.facts.dtype,
             "parameters": plan.facts.parameters,
             "bytes": plan.facts.bytes,
+            "parts": source_parts(source.checkpoint),
+            **license_of(source.location.folder),
         },
         calibration=None
         if samples is None
