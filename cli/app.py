@@ -23,6 +23,8 @@ COMMANDS = {
     "infer": "Compute embeddings, classes or text for a file of texts.",
     "eval": "Measure how well a model or an artifact predicts text.",
     "bench": "Measure load time, speed and memory of a model or an artifact.",
+    "report": "Write what is known of artifacts as a page or a model card.",
+    "compare": "Show in what two artifacts differ.",
     "inspect": "Show what a model or an artifact is made of.",
     "passes": "List the passes and exporters, or describe one.",
     "doctor": "Show which runtimes and devices this machine has.",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..core.progress import Reporter, Silent, Step
-from .numbers import seconds
+from ..core.numbers import seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

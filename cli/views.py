@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from ..passes import PASSES
-from .numbers import count, labelled, number, plain, share, size
+from ..core.numbers import count, labelled, number, plain, share, size
 from .parameters import parameters, value_text
 from .render import Lines, Pairs, Section, Table
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..core.manifest import ExportRecord, Manifest, PassRecord
     from ..core.plan import Plan
+    from ..evaluation.report.document import Report
 
 _HEADINGS = {"source": "Against its source", "ratio_of_first_to_second": "Ratio, first to second"}
 _LOAD = {
@@ -92,8 +93,45 @@ def export_sections(
     return sections
 
 
+def written_sections(report: Report, output: Path) -> list[Section]:
+    """Show of what a report was written, and where it lies."""
+    rows = [
+        (
+            entry.name,
+            export.name,
+            size(export.size_bytes),
+            "-" if export.share is None else share(export.share),
+            "-" if export.verification is None else "passed" if export.verification["passed"] else "FAILED",
+        )
+        for entry in report.artifacts
+        for export in entry.exports
+    ]
+    sections: list[Section] = [
+        Pairs("", [("written", str(output))]),
+        Table("Artifacts", ("artifact", "export", "size", "of source", "verified"), rows, frozenset({2, 3})),
+    ]
+    warnings = [f"{entry.name}: {line}" for entry in report.artifacts for line in entry.warnings]
+    return [*sections, Lines("Warnings", warnings)] if warnings else sections
+
+
+def comparison_sections(report: Mapping[str, Any]) -> list[Section]:
+    """Show in what two artifacts differ; of weights that differ the first few are named."""
+    weights = [
+        {
+            **one,
+            "equal": "yes" if one["equal"] else f"{len(one['different'])} differ",
+            "different": ", ".join(one["different"][:3]) + (", ..." if len(one["different"]) > 3 else ""),
+        }
+        for one in report["weights"]
+    ]
+    told = weights or {"note": "the artifacts have no export of one kind"}
+    first, second = report["artifacts"]
+    shown = {key: value for key, value in report.items() if key != "artifacts"}
+    return report_sections({"first": first, "second": second, **shown, "weights": told})
+
+
 def _passes(records: Sequence[PassRecord], recipe: Mapping[str, Any]) -> Table:
-    """Show what passes did; figures of single layers, whose names have a dot, are in the manifest alone."""
+    """Show what passes did; figures of single layers are in the manifest alone."""
     given: dict[str, Mapping[str, Any]] = {}
     for step in recipe.get("passes", ()):
         if isinstance(step, Mapping):
@@ -101,7 +139,7 @@ def _passes(records: Sequence[PassRecord], recipe: Mapping[str, Any]) -> Table:
     rows = []
     for record in records:
         kind = record.name.rpartition(": ")[2]
-        metrics = [" ".join(labelled(name, value)) for name, value in record.metrics.items() if "." not in name]
+        metrics = [" ".join(labelled(name, value)) for name, value in record.metrics.items()]
         params = _chosen(kind, record.params, given.get(kind) or {})
         shown = (", ".join(params) or "as usual", ", ".join(metrics) or "-")
         rows.append((record.name, str(len(record.changed)), str(len(record.skipped)), *shown))

@@ -22,7 +22,23 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pass did; `allocation` are the bits that it chose for layers, `curve` what it measured as it learnt."""
+    """What a pass did.
+
+    Attributes:
+        name: the pass.
+        params: its parameters, those that were not given included.
+        changed: layers or tensors that are different now.
+        skipped: (name, reason) of those it left alone.
+        metrics: figures, each name ending in its unit.
+        notes: sentences for the user.
+        allocation: the bits that it chose for layers.
+        curve: what it measured as it learnt, each point with its `step`.
+        layers: figures of single layers or blocks; of a rounded layer how many `weights` it has, their `bits`,
+            `bits_per_weight` with the scales, and `relative_error`: |W - W'| / |W| in the Frobenius norm on a sample of
+            rows, W being the weight that the pass was given.
+        weight_bytes: bytes of the model's weights after the pass, codes packed without gaps; None where that was not
+            recorded, as for passes on graphs.
+    """
 
     name: str
     params: dict[str, Any]
@@ -32,6 +48,8 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str]
     allocation: dict[str, int] = {}
     curve: list[dict[str, float]] = []
+    layers: dict[str, dict[str, float]] = {}
+    weight_bytes: int | None = None
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True):

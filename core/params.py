@@ -127,17 +127,19 @@ def _allowed(error: msgspec.ValidationError, kind: Any) -> str:
 def in_words(params: Mapping[str, Any]) -> str:
     """Return parameters in a line, `bits 4, symmetric true`; those that are empty are left out."""
     named = {name: value for name, value in params.items() if value not in (None, (), [])}
-    return ", ".join(f"{name} {_value(value)}" for name, value in named.items())
+    return ", ".join(f"{name} {value_in_words(value)}" for name, value in named.items())
 
 
-def _value(value: Any) -> str:
+def value_in_words(value: Any) -> str:
+    """Return the value of a parameter as it stands in a line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return " ".join(_value(item) for item in cast("list[Any]", value))
+        return " ".join(value_in_words(item) for item in cast("list[Any]", value))
     if isinstance(value, dict):
         named = cast("dict[str, Any]", value)
-        return "(" + ", ".join(f"{key} {_value(one)}" for key, one in named.items() if one not in (None, False)) + ")"
+        pairs = (f"{key} {value_in_words(one)}" for key, one in named.items() if one not in (None, False))
+        return f"({', '.join(pairs)})"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

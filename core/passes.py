@@ -50,6 +50,9 @@ class PassResult:
         changed: names of the layers or tensors that are different now.
         skipped: those it left alone although they were candidates.
         metrics: figures, each name ending in its unit (`layers_count`, `damping_max_ratio`).
+        layers: figures of single layers or blocks, by name: `bits` and `relative_error` of what was rounded, which the
+            runner adds, and what the pass itself measured.
+        weight_bytes: bytes of the model's weights after the pass, which the runner adds; None where that is not known.
         notes: sentences the user should read, such as a numerical trouble that was met.
         allocation: bits per weight by layer, for the pass that quantizes them later.
         vocabulary: the tokens that are left, by their new ids, as the ids they had; None where ids did not change.
@@ -63,6 +66,8 @@ class PassResult:
     allocation: dict[str, int] = field(default_factory=dict[str, int])
     vocabulary: list[int] | None = None
     curve: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    layers: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    weight_bytes: int | None = None
 
     def absorb(self, other: PassResult) -> None:
         """Add what the same pass did to a further block; metrics named `…_max_…` take the maximum, others add up."""
@@ -71,6 +76,8 @@ class PassResult:
         self.notes += other.notes
         self.allocation.update(other.allocation)
         self.curve += other.curve
+        for name, figures in other.layers.items():
+            self.layers[name] = self.layers.get(name, {}) | figures
         for name, value in other.metrics.items():
             known = self.metrics.get(name)
             if known is None:

@@ -17,6 +17,7 @@ from ..core.quantized import QuantizedWeight
 from .handle import TorchModel
 from .producers import Part, Producer, linear_candidates, norm_candidates, same
 from .replay import Answer, Replay, distance, hidden_of
+from .rounding_error import rounding_error
 from .skeleton import BlockSite, Skeleton, View
 from .store import dequantize_into
 from .watch import CacheWatch, NormCall, Sighting, Unit, Watch, norm_calls, same_input
@@ -48,6 +49,7 @@ class LoadedBlock:
         results: the quantized layers.
         changed: floating-point checkpoint tensors that are different now.
         sparse: the layers whose zeros stay.
+        errors: relative error of each quantized layer; see `rounding_error`.
         expert_tokens: how many calibration tokens came to each expert.
     """
 
@@ -64,6 +66,7 @@ class LoadedBlock:
         self.inputs: dict[str, QuantizedInput] = {}
         self.caches: dict[str, QuantizedCache] = {}
         self.sparse = {linear.name for linear in self._views if linear.name in model.store.sparse}
+        self.errors: dict[Linear, float] = {}
         self.expert_tokens: dict[Unit, int] = {}
         self._order_seen: list[Stage] | None = None
         self._norms: dict[Unit, list[tuple[str, nn.Module]]] = {}
@@ -91,13 +94,25 @@ class LoadedBlock:
 
     def rows(self, linear: Linear, count: int) -> Iterator[Tensor]:
         """Yield the current weight a few rows at a time, in the dtype it is held in; see `core.model.Block`."""
-        view = self._views[linear]
-        name = self._skeleton.checkpoint_name(view.parameter)
-        loaded = linear in self.results or not self._skeleton.parameter(view.parameter).is_meta
-        if loaded or name is None or view.rows is not None or view.transposed:
+        name = self._only_on_disk(linear)
+        if name is None:
             yield from self._held(linear).split(count)
         else:
             yield from self._model.rows(name, count)
+
+    def _only_on_disk(self, linear: Linear) -> str | None:
+        """Return the checkpoint's matrix that holds a weight as it is; None where it is in memory or is none."""
+        view = self._views[linear]
+        name = self._skeleton.checkpoint_name(view.parameter)
+        loaded = linear in self.results or not self._skeleton.parameter(view.parameter).is_meta
+        return None if loaded or view.rows is not None or view.transposed else name
+
+    def _strips(self, linear: Linear, strips: Sequence[slice]) -> Iterator[Tensor]:
+        name = self._only_on_disk(linear)
+        if name is not None:
+            return self._model.strips(name, strips)
+        held = self._held(linear)
+        return (held[strip] for strip in strips)
 
     def _held(self, linear: Linear) -> Tensor:
         """Return the current weight in the dtype it is held in."""
@@ -107,6 +122,7 @@ class LoadedBlock:
 
     def quantize(self, linear: Linear, weight: QuantizedWeight) -> None:
         """Make `weight` the layer's weight."""
+        self.errors[linear] = rounding_error(weight, partial(self._strips, linear))
         self.results[linear] = weight
         if self._replay is None:
             self._release(linear)

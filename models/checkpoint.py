@@ -134,6 +134,19 @@ class Checkpoint:
                 self.read(name)  # which says how many
             yield piece.view(-1, info.shape[1])
 
+    def strips(self, name: str, strips: Iterable[slice]) -> Iterator[Tensor]:
+        """Yield some rows of a matrix after the others; nothing is checked."""
+        import torch
+
+        info = self.tensors[name]
+        row = info.nbytes // max(1, info.shape[0])
+        with info.shard.open("rb", buffering=0) as stream:
+            for strip in strips:
+                data = torch.empty((strip.stop - strip.start) * row, dtype=torch.uint8)
+                stream.seek(info.offset + strip.start * row)
+                _read_into(stream, data.numpy().data, info)
+                yield data.view(getattr(torch, info.dtype)).view(-1, info.shape[1])
+
     def pieces(self, name: str, length: int) -> Iterator[Tensor]:
         """Yield a tensor's elements in their order, (up to `length`,) at a time; nothing is checked."""
         import torch

@@ -68,6 +68,13 @@ class TorchModel:
         """The attention modules whose keys and values are rounded, by module path, and how."""
         return self.store.caches
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as the passes left them, codes packed without gaps."""
+        width = getattr(torch, self.facts.dtype).itemsize
+        floating = sum(getattr(torch, dtype).itemsize * prod(shape) for dtype, shape in self.tensor_specs().values())
+        return floating + sum(packed - weights * width for weights, packed in self.store.packed.values())
+
     def quantized_weight(self, name: str) -> QuantizedWeight:
         """Read one quantized layer from disk."""
         return self.store.get(name)
@@ -199,11 +206,22 @@ class TorchModel:
         Raises:
             LlmoptError: as for `read`.
         """
-        touched = name in self.store.changed or name.removesuffix(".weight") in self.store.grids
-        if touched or self.stored_dtype(name) != self.checkpoint.tensors[name].dtype:
+        if self._touched(name):
             yield from self.read(name).split(count)
         else:
             yield from self.checkpoint.rows(name, count)
+
+    def strips(self, name: str, strips: Sequence[slice]) -> Iterator[Tensor]:
+        """Yield some rows of a checkpoint matrix as `read` returns it, not whole in memory if it is untouched."""
+        if self._touched(name):
+            whole = self.read(name)
+            yield from (whole[strip] for strip in strips)
+        else:
+            yield from self.checkpoint.strips(name, strips)
+
+    def _touched(self, name: str) -> bool:
+        touched = name in self.store.changed or name.removesuffix(".weight") in self.store.grids
+        return touched or self.stored_dtype(name) != self.checkpoint.tensors[name].dtype
 
     def widened(self, name: str) -> Tensor:
         """Return what `read` does, but a quantized layer in float32: for those that compute with it."""

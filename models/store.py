@@ -65,6 +65,7 @@ class WorkStore:
     Attributes:
         folder: where they are kept.
         grids: the grid of each layer.
+        packed: how many weights each layer has, and their bytes, codes packed without gaps.
         changed: floating-point checkpoint tensors that are different now, and the file of each.
         transposed: the layers that the checkpoint stores as (in, out); a square matrix does not tell.
         inputs: the layers whose inputs are rounded, and how.
@@ -77,6 +78,7 @@ class WorkStore:
         self.folder = folder
         self._files: dict[str, Path] = {}
         self.grids: dict[str, Grid] = {}
+        self.packed: dict[str, tuple[int, int]] = {}
         self.changed: dict[str, Path] = {}
         self._files_written = 0
         self.transposed: set[str] = set()
@@ -113,6 +115,7 @@ class WorkStore:
                 tensors[f"{linear.name}.divisor"] = weight.divisor.clone()  # layers of one product share it
             self._files[linear.name] = path
             self.grids[linear.name] = weight.grid
+            self.packed[linear.name] = (weight.codes.numel(), weight.nbytes)
             if linear in transposed:
                 self.transposed.add(linear.name)
         if tensors:

@@ -50,6 +50,14 @@ class UnpackedFolder:
             raise LlmoptError(f"weight `{name}` is missing from the artifact", where=str(self._directory))
         return self._checkpoint.read(name)
 
+    def names(self) -> list[str]:
+        """Return the names of all tensors that `read` gives; what a packed weight is stored as counts as that weight."""
+        found: dict[str, None] = {}
+        for name in self._checkpoint.tensors:
+            layer, _, part = name.rpartition(".")
+            found[f"{layer}.weight" if part in _PARTS and self.is_packed(layer) else name] = None
+        return list(found)
+
     def beside(self, name: str, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield parts of `tensor`, and of the one of that name, so that only one of the two is in memory whole."""
         parts = tensor.reshape(-1).split(IN_CACHE)

@@ -162,7 +162,7 @@ class PruneDepth(SurveyPass[PruneDepthParams]):
         else:
             for name, value in self._measured.items():
                 unit = "influence_ratio" if self.params.by == "influence" else "answers_moved_nats"
-                result.metrics[f"{name}.{unit}"] = value
+                result.layers[name] = {unit: value}
             dropped = [
                 stack[index]
                 for stack in stacks
@@ -200,15 +200,16 @@ class PruneDepth(SurveyPass[PruneDepthParams]):
             while len(dropped) < count:
                 lowest_loss, name = cheapest(dropped)
                 dropped.append(name)
-                result.metrics[f"{name}.loss_without_nats"] = lowest_loss
+                result.layers[name] = {"loss_without_nats": lowest_loss}
             waiting = list(dropped) if count > 1 else []
             while waiting:
                 others = [name for name in dropped if name != waiting[0]]
                 loss, name = cheapest(others, stays=waiting[0])
                 if loss < lowest_loss:
                     result.notes.append(f"{name} instead of {waiting[0]}: {lowest_loss:.4f} to {loss:.4f} nats")
-                    del result.metrics[f"{waiting[0]}.loss_without_nats"]
-                    result.metrics[f"{name}.loss_without_nats"] = lowest_loss = loss
+                    del result.layers[waiting[0]]
+                    lowest_loss = loss
+                    result.layers[name] = {"loss_without_nats": loss}
                     dropped, waiting = [*others, name], others
                 else:
                     waiting.pop(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
@@ -157,6 +158,7 @@ class QuantizeWeights(GraphPass[QuantizeWeightsParams]):
                 )
                 model.rounded.update(blocks.digests())
                 result.changed.append(weight.name)
+                result.layers[weight.name] = {"bits": bits, "relative_error": float(f"{math.sqrt(error):.4g}")}
                 counts["products"] += len(weight.products)
                 counts["embeddings"] += look_up
                 worst, before, after = max(worst, error), before + matrix.nbytes, after + blocks.nbytes

@@ -28,11 +28,13 @@ from ..models.locate import Location, locate
 from ..models.onnx_file import GraphSource
 from ..models.text import load_tokenizer
 from .background import in_background
+from .card import CARD, license_of, write_card
 from .fingerprint import FINGERPRINT, write_fingerprint
 from .graph_reference import graph_reference
 from .lowering import export_graph, graph_passes
 from .materials import Start, with_materials
 from .output import Staging, file_record, file_records, inputs_of, readable, staging
+from .parts import source_parts
 from .parity import ROWS, Reference, compare, make_reference
 from .record import Recorder
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
@@ -120,7 +122,7 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
             recorder=recorder,
         )
         kept = _keep_answers(reference, stage.root)
-        manifest = _manifest(plan, source, records, exports, kept)
+        manifest = _with_card(_manifest(plan, source, records, exports, kept), stage.root)
         _write(manifest, stage.root / MANIFEST)
         _write(recorder.finish(), stage.root / RUN)
         readable(stage.root)
@@ -179,6 +181,7 @@ def _run_passes(
 ) -> tuple[TorchModel, list[PassResult], PassContext]:
     """Return the model, what each pass did, and the context as they left it for the passes on graphs."""
     results: list[PassResult] = []
+    size = model.nbytes
     for group in sweeps(passes):
         if not is_main() and not any(one.trains() for one in passes[len(results) :]):
             break
@@ -195,10 +198,22 @@ def _run_passes(
                 model = cast("TorchModel", changed)
                 results.append(result)
                 context = replace(context, rows=_renumbered(context.rows, result))
-        for one, result in zip(group, results[-len(group) :], strict=True):
+        done = list(zip(group, results[-len(group) :], strict=True))
+        size = _note_sizes(done, size, model.nbytes)
+        for one, result in done:
             for note in result.notes:
                 context.reporter.note(f"{one.name}: {note}")
     return model, results, context
+
+
+def _note_sizes(done: Sequence[tuple[AnyPass, PassResult]], before: int, after: int) -> int:
+    """Note the model's bytes after each pass of a sweep: they change with the first that rounds weights."""
+    size = before
+    for at, (one, result) in enumerate(done):
+        if one.grid() is not None or at == len(done) - 1:
+            size = after
+        result.weight_bytes = size
+    return after
 
 
 def _renumbered(rows: Sequence[Sequence[int]], result: PassResult) -> list[list[int]]:
@@ -276,6 +291,12 @@ def _keep_answers(reference: Reference, root: Path) -> dict[str, FileRecord]:
     return {FINGERPRINT: file_record(root / FINGERPRINT)}
 
 
+def _with_card(manifest: Manifest, root: Path) -> Manifest:
+    """Write the model card, and return the manifest with that file among the others."""
+    path = write_card(manifest, root)
+    return msgspec.structs.replace(manifest, files={CARD: file_record(path), **manifest.files})
+
+
 def in_words(parity: Parity) -> str:
     """Return the figures of a comparison in a line."""
     parts = [f"max difference {parity.max_difference:.3g}"]
@@ -323,6 +344,8 @@ def _pass_record(one: AnyPass, result: PassResult) -> PassRecord:
         notes=result.notes,
         allocation=result.allocation,
         curve=result.curve,
+        layers=result.layers,
+        weight_bytes=result.weight_bytes,
     )
 
 
@@ -346,6 +369,8 @@ def _manifest(
             "dtype": plan.facts.dtype,
             "parameters": plan.facts.parameters,
             "bytes": plan.facts.bytes,
+            "parts": source_parts(source.checkpoint),
+            **license_of(source.location.folder),
         },
         calibration=None
         if samples is None

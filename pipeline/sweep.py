@@ -115,7 +115,20 @@ def _run(one: BlockPass[Any], block: LoadedBlock, context: PassContext) -> PassR
     result = one.run_block(block, chosen, context)
     result.skipped = [*skips, *result.skipped]
     _check(one, block, result, before)
+    for linear, weight in block.results.items():
+        if before.get(linear) is not weight:
+            result.layers[linear.name] = _figures(block, linear, weight)
     return result
+
+
+def _figures(block: LoadedBlock, linear: Linear, weight: QuantizedWeight) -> dict[str, float]:
+    bits = weight.grid.bits_per_weight(*weight.shape, scale_bits=8 * weight.scale.itemsize)
+    return {
+        "weights": weight.codes.numel(),
+        "bits": weight.bits,
+        "bits_per_weight": float(f"{bits:.4g}"),
+        "relative_error": block.errors[linear],
+    }
 
 
 def _check_grid(one: BlockPass[Any], linear: Linear, grid: Grid | None) -> None:

@@ -74,11 +74,11 @@ def test_a_run_writes_a_model_that_transformers_opens(name, family, text, tmp_pa
     record = manifest.passes[0]
     assert manifest.exports[0].verification.passed
     assert record.metrics["dropped_blocks_count"] == len(record.changed) == (4 if name == "t5" else 2)
-    measured = [key for key in record.metrics if key.endswith(".answers_moved_nats")]
-    assert len(measured) == (7 if name == "t5" else 4)
-    kept = [record.metrics[key] for key in measured if key.removesuffix(".answers_moved_nats") not in record.changed]
+    moved = {block: figures["answers_moved_nats"] for block, figures in record.layers.items()}
+    assert len(moved) == (7 if name == "t5" else 4)
+    kept = [value for block, value in moved.items() if block not in record.changed]
     if name != "t5":
-        assert max(record.metrics[f"{one}.answers_moved_nats"] for one in record.changed) <= min(kept)
+        assert max(moved[one] for one in record.changed) <= min(kept)
 
 
 def test_influence_is_one_minus_the_mean_cosine():
@@ -132,7 +132,7 @@ def test_no_exchange_of_a_block_lowers_the_loss(family, tmp_path):
     _, result = measured(folder, tmp_path / "searched", rows, drop=2, by="loss")
     found = tuple(result.changed)
     assert losses[found] == min(value for pair, value in losses.items() if set(pair) & set(found))
-    assert min(result.metrics[f"{name}.loss_without_nats"] for name in found) == pytest.approx(losses[found], rel=1e-5)
+    assert min(result.layers[name]["loss_without_nats"] for name in found) == pytest.approx(losses[found], rel=1e-5)
 
 
 def test_a_block_that_went_first_comes_back_when_others_go_better_together(monkeypatch, family, tmp_path):
@@ -145,11 +145,7 @@ def test_a_block_that_went_first_comes_back_when_others_go_better_together(monke
     _, result = measured(deep(family, "llama"), tmp_path / "model", random_rows(2, 8), drop=2, by="loss")
     assert result.changed == ["model.layers.2", "model.layers.3"]
     assert "model.layers.3 instead of model.layers.1: 5.0000 to 4.5000 nats" in result.notes
-    assert set(result.metrics) == {
-        "model.layers.2.loss_without_nats",
-        "model.layers.3.loss_without_nats",
-        "dropped_blocks_count",
-    }
+    assert set(result.layers) == {"model.layers.2", "model.layers.3"}
 
 
 @pytest.mark.parametrize(
@@ -312,7 +308,7 @@ def test_answers_are_those_of_the_head_to_what_the_block_is_given(name, family, 
     folder = deep(family, name)
     rows = random_rows(2, 16)
     _, result = measured(folder, tmp_path / "work", rows, drop=1, by="answers")
-    moved = {key: value for key, value in result.metrics.items() if key.endswith("answers_moved_nats")}
+    moved = {block: figures["answers_moved_nats"] for block, figures in result.layers.items()}
     assert len(moved) == (7 if name == "t5" else 4)
     if name != "llama":
         assert all(value > 0 for value in moved.values())
@@ -327,7 +323,7 @@ def test_answers_are_those_of_the_head_to_what_the_block_is_given(name, family, 
             with leaving_out(skeleton, later):
                 logs.append(streamed_outputs(skeleton, whole.read, inputs)[0]["logits"].log_softmax(-1))
         expected = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
-        assert moved[f"model.layers.{index}.answers_moved_nats"] == pytest.approx(expected, rel=1e-4)
+        assert moved[f"model.layers.{index}"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["depth", "width", "vocabulary"])

@@ -1,7 +1,7 @@
 """Numbers as people read them."""
 
 import pytest
-from llmopt.cli.numbers import count, labelled, number, plain, seconds, share, size
+from llmopt.core.numbers import count, labelled, number, plain, seconds, share, size
 from llmopt.cli.render import Pairs, Table
 from llmopt.cli.views import report_sections
 

@@ -1,0 +1,1 @@
+"""What is known of artifacts as one document, and the page and the model card that are made of it."""
