@@ -37,6 +37,7 @@ from .parity import ROWS, Reference, compare, make_reference
 from .record import Recorder
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
 from .sweep import run_sweep
+from .threads import fixed_threads
 
 _VERSIONED = (
     "torch",
@@ -80,7 +81,7 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
     if not is_main():
         reporter = Silent()
     recorder = Recorder()
-    with staging(output, force=force, inputs=inputs_of(plan.recipe)) as stage:
+    with fixed_threads(), staging(output, force=force, inputs=inputs_of(plan.recipe)) as stage:
         location = locate(plan.recipe.model)
         checkpoint = Checkpoint(location.folder) if location.graph is None else GraphSource(location, plan.facts)
         samples = _load_samples(plan, location, reporter)
@@ -360,6 +361,7 @@ def _manifest(
         passes=passes,
         exports=exports,
         files=files,
+        limits={"batch_tokens": plan.limits.batch_tokens, "statistics_bytes": plan.limits.statistics_bytes},
     )
 
 
