@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..core.progress import Reporter, Silent, Step
 from ..core.numbers import seconds
+from ..core.progress import Reporter, Silent, Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from ..passes import PASSES
 from ..core.numbers import count, labelled, number, plain, share, size
+from ..passes import PASSES
 from .parameters import parameters, value_text
 from .render import Lines, Pairs, Section, Table
 

@@ -93,7 +93,21 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole record; `files` are those that belong to no single export."""
+    """The whole record.
+
+    Attributes:
+        llmopt: version of what made it.
+        recipe: as it was given, paths as they were written.
+        seed: of everything that was drawn.
+        source: the model: what the recipe calls it, its revision on the hub, a hash of its config and weights.
+        calibration: the text: what the recipe calls it, a hash, how much of it was taken; None without.
+        versions: of Python and the libraries.
+        passes: what each did, in order.
+        exports: what was written, and how it was verified.
+        files: those that belong to no single export.
+        limits: what `--max-memory` decides that the last bits depend on: how many tokens ran through a block at a time,
+            how many bytes of a mixture's statistics were gathered at a time.
+    """
 
     llmopt: str
     recipe: dict[str, Any]
@@ -104,6 +118,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     passes: list[PassRecord]
     exports: list[ExportRecord]
     files: dict[str, FileRecord] = {}
+    limits: dict[str, int] = {}
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):

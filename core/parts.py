@@ -11,14 +11,17 @@ PARTS = ("embeddings", "attention", "mlp", "head", "norms", "unnamed", "other")
 _NORM = re.compile(r"(\w*norm\w*|ln_?\w+)", re.IGNORECASE)
 _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("head", re.compile(r"(^|\.)(lm_head|embed_out|classifier|score|qa_outputs|pooler|cls|vocab_projector)(\.|$)")),
-    ("attention", re.compile(r"attn|attention|(^|\.)(qkv|query_key_value|[qkvo]_proj|[qkv]_lin|out_lin)(\.|$)", re.I)),
-    ("embeddings", re.compile(r"embed|(^|\.)(wte|wpe|shared|relative_attention_bias)(\.|$)", re.I)),
+    (
+        "attention",
+        re.compile(r"attn|attention|(^|\.)(qkv|query_key_value|[qkvo]_proj|[qkv]_lin|out_lin)(\.|$)", re.IGNORECASE),
+    ),
+    ("embeddings", re.compile(r"embed|(^|\.)(wte|wpe|shared|relative_attention_bias)(\.|$)", re.IGNORECASE)),
     (
         "mlp",
         re.compile(
             r"mlp|ffn|feed_forward|feedforward|expert|moe|dense(relu|gated)|(^|\.)(fc\d|wi(_\d)?|wo|lin\d|router)(\.|$)"
             r"|\d\.(intermediate|output)\.",
-            re.I,
+            re.IGNORECASE,
         ),
     ),
 )

@@ -46,9 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare() -> None:
-    """Catch signals, and never fail over a character that the terminal cannot show."""
+    """Catch signals, never fail over a character that the terminal cannot show, and set what libraries read later."""
     # Read by torch at its first allocation: with huge pages, fresh memory for a weight costs a quarter of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Read by numpy when it is imported: as in core/threads.py, the number must not depend on the machine.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

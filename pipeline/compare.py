@@ -78,7 +78,13 @@ def _sizes(first: _Side, second: _Side) -> list[dict[str, Any]]:
 
 def _row(export: str, part: str, first: int | None, second: int | None) -> dict[str, Any]:
     ratio = float(f"{second / first:.4g}") if first and second else None
-    return {"export": export, "part": part, "first_bytes": first, "second_bytes": second, "second_to_first_share": ratio}
+    return {
+        "export": export,
+        "part": part,
+        "first_bytes": first,
+        "second_bytes": second,
+        "second_to_first_share": ratio,
+    }
 
 
 def _passes(first: _Side, second: _Side) -> list[dict[str, Any]]:

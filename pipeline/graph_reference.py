@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import LlmoptError
+from ..core.threads import THREADS
 from ..graphs.nodes import constant, size
 from ..models.locate import context_length
 from ..models.onnx_file import GraphSource
@@ -46,7 +47,7 @@ def graph_reference(
     graph = source.graph()
     inputs, samples = _inputs(graph, source, rows, seed, axes)
     try:
-        session = OnnxRuntime().open_graph(source.path)
+        session = OnnxRuntime().open_graph(source.path, threads=THREADS)
         try:
             made = [session.outputs({name: tensor.numpy() for name, tensor in batch.items()}) for batch in inputs]
         finally:

@@ -292,7 +292,9 @@ def _points(entries: Sequence[ArtifactEntry]) -> tuple[str | None, str | None, l
     units: list[str] = []
     for entry in entries:
         for export in entry.exports:
-            figure = next((one.figures.get("perplexity") for one in entry.evaluations if one.export == export.name), None)
+            figure = next(
+                (one.figures.get("perplexity") for one in entry.evaluations if one.export == export.name), None
+            )
             speed = next((one.figures for one in entry.speeds if one.export == export.name), {})
             latency, unit = _latency(speed)
             units += [unit] if unit else []
@@ -332,7 +334,9 @@ def _sources(entries: Sequence[ArtifactEntry]) -> list[Point]:
             continue
         own = [one for one in entry.evaluations if one.export is None]
         figures = [one.figures["perplexity"] for one in own if "perplexity" in one.figures]
-        figures += [one.figures[key] for one in entry.evaluations for key in ("source_perplexity",) if key in one.figures]
+        figures += [
+            one.figures[key] for one in entry.evaluations for key in ("source_perplexity",) if key in one.figures
+        ]
         latency, _ = _latency(next((one.figures for one in entry.speeds if one.export is None), {}))
         if figures or latency is not None:
             points[name] = Point(
@@ -372,7 +376,9 @@ def write_report(report: Report, path: Path) -> None:
     elif path.suffix.lower() == ".md":
         raise UsageError("a model card is of one artifact", hint="give one folder, or name a page, .html")
     else:
-        raise UsageError(f"cannot tell what to write from `{path.name}`", hint="name a page, .html, or a model card, .md")
+        raise UsageError(
+            f"cannot tell what to write from `{path.name}`", hint="name a page, .html, or a model card, .md"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.partial")

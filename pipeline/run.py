@@ -34,11 +34,12 @@ from .graph_reference import graph_reference
 from .lowering import export_graph, graph_passes
 from .materials import Start, with_materials
 from .output import Staging, file_record, file_records, inputs_of, readable, staging
-from .parts import source_parts
 from .parity import ROWS, Reference, compare, make_reference
+from .parts import source_parts
 from .record import Recorder
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
 from .sweep import run_sweep
+from .threads import fixed_threads
 
 _VERSIONED = (
     "torch",
@@ -82,7 +83,7 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
     if not is_main():
         reporter = Silent()
     recorder = Recorder()
-    with staging(output, force=force, inputs=inputs_of(plan.recipe)) as stage:
+    with fixed_threads(), staging(output, force=force, inputs=inputs_of(plan.recipe)) as stage:
         location = locate(plan.recipe.model)
         checkpoint = Checkpoint(location.folder) if location.graph is None else GraphSource(location, plan.facts)
         samples = _load_samples(plan, location, reporter)
@@ -385,6 +386,7 @@ def _manifest(
         passes=passes,
         exports=exports,
         files=files,
+        limits={"batch_tokens": plan.limits.batch_tokens, "statistics_bytes": plan.limits.statistics_bytes},
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.errors import LlmoptError
 from ..core.runtime import Arrays, Runtime, Session
+from ..core.threads import take_turns
 from ..core.untrusted import read_json
 from ..graphs.limits import check_graph_file
 from .onnxruntime_ import engine_errors
@@ -48,7 +49,9 @@ class OnnxGenAI(Runtime):
         with engine_errors("the ONNX Runtime GenAI folder does not load", directory):
             config = genai.Config(str(directory))
             if threads is not None:
-                options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+                options: dict[str, Any] = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+                if take_turns(threads):
+                    options["session.intra_op.allow_spinning"] = "0"
                 config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             model = genai.Model(config)
         described = read_json(directory / CONFIG)

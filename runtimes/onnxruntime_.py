@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..core.errors import LlmoptError
 from ..core.graph import SHARED_CACHE
 from ..core.runtime import Arrays, Runtime, Session
+from ..core.threads import take_turns
 from ..core.untrusted import read_json
 from ..graphs.limits import check_graph_file
 from .versions import installed
@@ -58,6 +59,8 @@ class OnnxRuntime(Runtime):
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
+            if take_turns(threads):
+                options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         with engine_errors(f"`{path.name}` does not load", path.parent):
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return OnnxSession(session, path.parent)

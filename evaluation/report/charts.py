@@ -48,7 +48,9 @@ def short_names(names: Sequence[str]) -> list[str]:
         parts = name.split(".")
         endings = [".".join(parts[at:]) for at in range(len(parts) - 1, -1, -1)]
         others = [other for other in names if other != name]
-        short.append(next((one for one in endings if not any(f".{other}".endswith(f".{one}") for other in others)), name))
+        short.append(
+            next((one for one in endings if not any(f".{other}".endswith(f".{one}") for other in others)), name)
+        )
     return short
 
 

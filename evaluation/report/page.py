@@ -55,7 +55,9 @@ def page(report: Report) -> str:
     )
     top = [element("h1", title)]
     top += [_contents(report)] if several else [element("p", report.artifacts[0].summary)]
-    foot = element("footer", f"Made by llmopt {report.llmopt} from the files of the artifact; nothing was loaded from elsewhere.")
+    foot = element(
+        "footer", f"Made by llmopt {report.llmopt} from the files of the artifact; nothing was loaded from elsewhere."
+    )
     body_ = element("body", element("header", top, class_="page"), element("main", body), foot)
     return f"<!doctype html>\n{element('html', head, body_, lang='en')}\n"
 
@@ -76,8 +78,12 @@ def _comparison(report: Report) -> Markup:
         for export in entry.exports:
             checked = export.verification or {}
             perplexity = next(
-                (one.figures["perplexity"].value for one in entry.evaluations
-                 if one.export == export.name and "perplexity" in one.figures), None
+                (
+                    one.figures["perplexity"].value
+                    for one in entry.evaluations
+                    if one.export == export.name and "perplexity" in one.figures
+                ),
+                None,
             )
             speed = next((one.figures for one in entry.speeds if one.export == export.name), {})
             layers = entry.layers or {}
@@ -110,15 +116,24 @@ def _plots(report: Report) -> Markup | None:
     by_quality = (f"{report.quality}", lambda point: point.quality)
     if report.quality and sum(point.quality is not None for point in report.points) > 1:
         points = [point for point in report.points if point.quality is not None]
-        shown.append(_titled("Size and quality", charts.scatter("Size and quality", points, by_size, by_quality, intervals=True)))
+        shown.append(
+            _titled("Size and quality", charts.scatter("Size and quality", points, by_size, by_quality, intervals=True))
+        )
         points = [point for point in points if point.latency_ms is not None]
         if len(points) > 1:
             by_latency = (f"ms for {report.latency}", lambda point: point.latency_ms)
-            shown.append(_titled("Latency and quality", charts.scatter("Latency and quality", points, by_latency, by_quality, intervals=True)))
+            shown.append(
+                _titled(
+                    "Latency and quality",
+                    charts.scatter("Latency and quality", points, by_latency, by_quality, intervals=True),
+                )
+            )
     timed = [point for point in report.points if point.latency_ms is not None]
     if len(timed) > 1:
         latency = (f"ms for {report.latency}", lambda point: point.latency_ms)
-        shown.append(_titled("Size and latency", charts.scatter("Size and latency", timed, by_size, latency, intervals=False)))
+        shown.append(
+            _titled("Size and latency", charts.scatter("Size and latency", timed, by_size, latency, intervals=False))
+        )
     if not shown:
         said = "Give measurements with --eval and --bench to see quality and speed against size."
         return element("p", said, class_="soft")
@@ -253,7 +268,16 @@ def _quality(entry: ArtifactEntry) -> Markup:
     found: list[Child] = []
     rows = [_checked(export) for export in entry.exports if export.verification is not None]
     if rows:
-        header = ("Export", "Opened in", "Verdict", "Weights", "Largest difference", "Mean KL, nats", "Top-1", "Positions")
+        header = (
+            "Export",
+            "Opened in",
+            "Verdict",
+            "Weights",
+            "Largest difference",
+            "Mean KL, nats",
+            "Top-1",
+            "Positions",
+        )
         said = "Each export was opened in its own engine and compared with the model that was exported."
         found += [element("h4", "Verification"), element("p", said, class_="soft")]
         found.append(_table(header, rows, numbers={4, 5, 6, 7}))
@@ -343,7 +367,9 @@ def _cells(layers: LayerMap) -> Markup:
         for block, figures in zip(layers.blocks, layers.cells, strict=True)
     ]
     names = charts.short_names(layers.kinds)
-    table = _table(("Block", *names), rows, numbers=set(range(1, len(names) + 1)), kind="tall" if len(rows) > 12 else "grid")
+    table = _table(
+        ("Block", *names), rows, numbers=set(range(1, len(names) + 1)), kind="tall" if len(rows) > 12 else "grid"
+    )
     return element("details", element("summary", "All values as a table"), table)
 
 
@@ -388,7 +414,9 @@ def _time(entry: ArtifactEntry) -> Markup:
             notes.append(f"{number(step['blocks_resumed'])} blocks of an earlier run taken over")
         drawn = element("i", style=f"width:{100 * step['seconds'] / most:.1f}%")
         time = joined(seconds(step["seconds"]), element("div", drawn, class_="bar", aria_hidden="true"))
-        rows.append([step["name"], time, seconds(step["cpu_seconds"]), size(step["peak_memory_bytes"]), "; ".join(notes) or "–"])
+        rows.append(
+            [step["name"], time, seconds(step["cpu_seconds"]), size(step["peak_memory_bytes"]), "; ".join(notes) or "–"]
+        )
     machine = run.get("machine", {})
     memory = machine.get("memory_bytes")
     said = f"{run.get('started', '')}, on {machine.get('processor', '?')}, {_counted(machine.get('cores'), 'core')}"

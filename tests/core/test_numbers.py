@@ -1,9 +1,9 @@
 """Numbers as people read them."""
 
 import pytest
-from llmopt.core.numbers import count, labelled, number, plain, seconds, share, size
 from llmopt.cli.render import Pairs, Table
 from llmopt.cli.views import report_sections
+from llmopt.core.numbers import count, labelled, number, plain, seconds, share, size
 
 
 @pytest.mark.parametrize(
