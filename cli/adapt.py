@@ -69,6 +69,7 @@ def command(
             model=ModelSpec(id=model),
             passes=(Step("merge-adapter", {"adapters": adapter, **weights}),),
             exports=build.exports(),
+            threads=build.threads,
         )
         execute(recipe, build, screen)
         return

@@ -15,6 +15,7 @@ import typer
 from ..core.errors import UsageError
 from ..core.processes import is_main
 from ..core.recipe import Recipe, Step
+from ..core.threads import DEFAULT
 from .common import Force, Json, Quiet, Verbose, open_screen
 
 if TYPE_CHECKING:
@@ -47,6 +48,16 @@ class Build:
         ),
     ] = None
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random. [default: 0]", min=0)] = 0
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            metavar="N",
+            help="Threads to compute on, whatever the machine has: with another number the last bits differ, and so "
+            f"may codes. [default: {DEFAULT}]",
+            min=1,
+        ),
+    ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.", rich_help_panel=_OUTPUT)
     ] = False

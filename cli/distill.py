@@ -46,6 +46,7 @@ def command(
         passes=(Step("distill", given),),
         exports=build.exports(),
         seed=build.seed,
+        threads=build.threads,
     )
     execute(recipe, build, screen)
 

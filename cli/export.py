@@ -33,5 +33,6 @@ def command(
         passes=(Step("cast", options["cast"]),) if options["cast"] else (),
         exports=build.exports(),
         seed=build.seed,
+        threads=build.threads,
     )
     execute(recipe, build, screen)

@@ -88,6 +88,7 @@ def command(
         passes=tuple(passes),
         exports=build.exports("onnx"),
         seed=build.seed,
+        threads=build.threads,
     )
     execute(recipe, build, screen)
 

@@ -91,6 +91,7 @@ def command(
         passes=tuple(passes),
         exports=build.exports(),
         seed=build.seed,
+        threads=build.threads,
     )
     chosen = sparsity is not None and "method" not in options[SPARSITY] and calibration is None
     hint = "no --calibration: the smallest weights go; with calibration data sparsegpt loses less"

@@ -130,6 +130,7 @@ def command(
         ),
         exports=build.exports(),
         seed=build.seed,
+        threads=build.threads,
     )
     execute(recipe, build, screen, notes=() if method or calibration else (hint,))
 

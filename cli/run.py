@@ -8,7 +8,7 @@ from .building import Build, building, default_output, execute
 from .common import RecipeFile
 
 
-@building("export", "seed", "save_recipe")
+@building("export", "seed", "threads", "save_recipe")
 def command(
     recipe: RecipeFile,
     *,

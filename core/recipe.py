@@ -70,6 +70,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     passes: tuple[Step, ...] = ()
     exports: tuple[Step, ...] = ()
     seed: int = 0
+    threads: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Render as plain data in the order in which people write it; what is at its default is left out."""
@@ -82,6 +83,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         data["exports"] = [{step.name: step.params} if step.params else step.name for step in self.exports]
         if self.seed:
             data["seed"] = self.seed
+        if self.threads is not None:
+            data["threads"] = self.threads
         return data
 
 

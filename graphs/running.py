@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from ..core.threads import THREADS, take_turns
+from ..core.threads import take_turns, threads
 from .attention import spell_out
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def outputs(
         del copy
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = THREADS
-        if take_turns(THREADS):
+        options.intra_op_num_threads = threads()
+        if take_turns(threads()):
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         for feed in feeds:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import LlmoptError
-from ..core.threads import THREADS
+from ..core.threads import threads
 from ..graphs.nodes import constant, size
 from ..models.locate import context_length
 from ..models.onnx_file import GraphSource
@@ -47,7 +47,7 @@ def graph_reference(
     graph = source.graph()
     inputs, samples = _inputs(graph, source, rows, seed, axes)
     try:
-        session = OnnxRuntime().open_graph(source.path, threads=THREADS)
+        session = OnnxRuntime().open_graph(source.path, threads=threads())
         try:
             made = [session.outputs({name: tensor.numpy() for name, tensor in batch.items()}) for batch in inputs]
         finally:

@@ -15,7 +15,7 @@ from ..core.errors import LlmoptError
 from ..core.exports import ExportableModel, Exporter, GraphExporter
 from ..core.manifest import Parity
 from ..core.runtime import Arrays, Runtime
-from ..core.threads import THREADS
+from ..core.threads import threads
 from ..evaluation.parity import Comparison, Tolerance
 from ..exporters.dummy_inputs import accepted, sample_inputs
 from ..models.handle import TorchModel
@@ -223,7 +223,7 @@ def compare(
 
 def _opened(runtime: Runtime, directory: Path, reference: Reference) -> Iterator[Arrays]:
     """Open the artifact as its users do, and yield its answers."""
-    session = runtime.open(directory, threads=THREADS)
+    session = runtime.open(directory, threads=threads())
     try:
         for inputs in reference.inputs:
             arrays = {name: tensor.numpy() for name, tensor in inputs.items()}

@@ -11,8 +11,9 @@ import msgspec
 from ..core.errors import UsageError, nearest
 from ..core.params import convert
 from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
+from ..core.threads import DEFAULT
 
-_KEYS = ("model", "calibration", "passes", "exports", "seed")
+_KEYS = ("model", "calibration", "passes", "exports", "seed", "threads")
 _MAX_BYTES = 256 << 10
 _MAX_NODES = 20_000
 _MAX_DEPTH = 32
@@ -146,6 +147,11 @@ def parse_recipe(raw: Any, *, where: str) -> Recipe:
     seed = data.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UsageError("seed must be a whole number, at least 0", where=where, hint="write for example `seed: 1`")
+    threads = data.get("threads")
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise UsageError(
+            "threads must be a whole number, at least 1", where=where, hint="write for example `threads: 8`"
+        )
     return Recipe(
         model=convert({"id": model} if isinstance(model, str) else model, ModelSpec, where=f"{where}, model"),
         calibration=None
@@ -154,6 +160,7 @@ def parse_recipe(raw: Any, *, where: str) -> Recipe:
         passes=_steps(data.get("passes"), where=f"{where}, passes"),
         exports=_steps(data.get("exports"), where=f"{where}, exports"),
         seed=seed,
+        threads=threads,
     )
 
 
@@ -223,6 +230,7 @@ def recipe_schema() -> dict[str, Any]:
             "calibration": reference[CalibrationSpec],
             **{key: steps(group) for key, group in kinds.items()},
             "seed": {"type": "integer", "default": 0, "minimum": 0},
+            "threads": {"type": "integer", "default": DEFAULT, "minimum": 1},
         },
         "required": ["model"],
         "additionalProperties": False,

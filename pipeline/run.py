@@ -22,6 +22,7 @@ from ..core.passes import BlockPass, GraphPass, ModelPass, PassContext, PassResu
 from ..core.plan import Limits, Plan
 from ..core.processes import is_main, left_alone, world_size
 from ..core.progress import Reporter, Silent
+from ..core.threads import DEFAULT
 from ..models.checkpoint import Checkpoint
 from ..models.handle import TorchModel
 from ..models.locate import Location, locate
@@ -83,7 +84,10 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
     if not is_main():
         reporter = Silent()
     recorder = Recorder()
-    with fixed_threads(), staging(output, force=force, inputs=inputs_of(plan.recipe)) as stage:
+    with (
+        fixed_threads(plan.recipe.threads or DEFAULT),
+        staging(output, force=force, inputs=inputs_of(plan.recipe)) as stage,
+    ):
         location = locate(plan.recipe.model)
         checkpoint = Checkpoint(location.folder) if location.graph is None else GraphSource(location, plan.facts)
         samples = _load_samples(plan, location, reporter)
