@@ -27,6 +27,7 @@ COMMANDS = {
     "compare": "Show in what two artifacts differ.",
     "inspect": "Show what a model or an artifact is made of.",
     "passes": "List the passes and exporters, or describe one.",
+    "cache": "Show or remove the results of passes that are kept for later runs.",
     "doctor": "Show which runtimes and devices this machine has.",
     "schema": "Print the JSON Schema of recipes.",
     "demo": "Quantize the bundled model and compare it with the original.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -16,9 +15,10 @@ from ..core.errors import UsageError
 from ..core.processes import is_main
 from ..core.recipe import Recipe, Step
 from ..core.threads import DEFAULT
-from .common import Force, Json, Quiet, Verbose, open_screen
+from .common import CACHE_PANEL, CacheDir, Force, Json, Quiet, Verbose, cache_settings, open_screen, parse_size
 
 if TYPE_CHECKING:
+    from ..pipeline.store import CacheSettings
     from .render import Screen
 
 R = TypeVar("R")
@@ -75,9 +75,27 @@ class Build:
             "smaller batches. Refused when it is too little.",
         ),
     ] = None
+    cache_dir: CacheDir = None
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache",
+            help="Take no results of passes from earlier runs, and keep none.",
+            rich_help_panel=CACHE_PANEL,
+        ),
+    ] = False
     json: Json = False
     quiet: Quiet = False
     verbose: Verbose = False
+
+    def cache(self) -> CacheSettings | None:
+        """Return where results of passes are kept; None where they are not.
+
+        Raises:
+            UsageError: LLMOPT_CACHE_SIZE is no size.
+        """
+        settings = cache_settings(self.cache_dir)
+        return None if self.no_cache or settings.limit == 0 else settings
 
     def screen(self) -> Screen:
         """Return where results are shown; see `open_screen`."""
@@ -154,6 +172,7 @@ def execute(
     output = build.output
     if output is None and not build.dry_run:
         raise UsageError("no output folder given", hint="name one with -o DIR, or use --dry-run to see the plan")
+    cache = build.cache()
     plan = make_plan(recipe, max_memory=None if build.max_memory is None else parse_size(build.max_memory))
     if output is not None:
         check_output(output, force=build.force or build.dry_run, inputs=[*inputs_of(recipe), *inputs])
@@ -167,7 +186,7 @@ def execute(
         return
     from ..pipeline.run import run_plan
 
-    manifest = run_plan(plan, output, force=build.force, reporter=screen.reporter)
+    manifest = run_plan(plan, output, force=build.force, reporter=screen.reporter, cache=cache)
     if not is_main():
         return
     import msgspec
@@ -189,16 +208,3 @@ def default_output(recipe: Path) -> Path:
     if folder.name == recipe.name:
         raise UsageError(f"no output folder given for {recipe}", hint="name one with -o DIR")
     return folder
-
-
-def parse_size(text: str) -> int:
-    """Return a number of bytes written as `2GiB`, `800 MB` or `1.5G` (binary, as is a unit without B).
-
-    Raises:
-        UsageError: it is no size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?B)?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise UsageError(f"`{text}` is no amount of memory", hint="write it as 2GiB or 800MiB")
-    base = 1000 if (found[3] or "").upper() == "B" else 1024
-    return int(float(found[1]) * base ** ("KMGT".index(found[2].upper()) + 1))

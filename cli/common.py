@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -13,10 +14,12 @@ import typer
 from ..core.errors import UsageError, nearest
 
 if TYPE_CHECKING:
+    from ..pipeline.store import CacheSettings
     from .render import Screen
 
 _OUTPUT = "Output"
 CALIBRATION_PANEL = "Calibration"
+CACHE_PANEL = "Cache"
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML; `llmopt schema` describes it.")]
 Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact: a folder with llmopt.json.")]
@@ -33,6 +36,15 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More progress, a
 Force = Annotated[
     bool,
     typer.Option("--force", help="Replace DIR when it exists, once everything is done.", rich_help_panel=_OUTPUT),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir",
+        metavar="DIR",
+        help="Where results of passes are kept for later runs. [default: LLMOPT_CACHE_DIR, or ~/.cache/llmopt]",
+        rich_help_panel=CACHE_PANEL,
+    ),
 ]
 Calibration = Annotated[
     str | None,
@@ -56,6 +68,19 @@ def check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> No
         raise UsageError(
             f"bad value for {option}: {value}", where=f"expected {' or '.join(choices)}", hint=nearest(value, choices)
         )
+
+
+def cache_settings(folder: Path | None) -> CacheSettings:
+    """Return where results of passes are kept and how much of them, as options and the environment say.
+
+    Raises:
+        UsageError: LLMOPT_CACHE_SIZE is no size.
+    """
+    from ..pipeline.store import CacheSettings, default_folder
+
+    written = os.environ.get("LLMOPT_CACHE_SIZE")
+    limit = None if not written else 0 if written == "0" else parse_size(written, where="LLMOPT_CACHE_SIZE")
+    return CacheSettings(default_folder() if folder is None else folder.expanduser(), limit)
 
 
 def open_screen(*, json: bool, quiet: bool, verbose: bool) -> Screen:
@@ -82,3 +107,16 @@ def _hush_libraries(*, bars: bool) -> None:
     if not bars:  # a download is the one thing that may show a bar of its own
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore")
+
+
+def parse_size(text: str, *, where: str | None = None) -> int:
+    """Return a number of bytes written as `2GiB`, `800 MB` or `1.5G` (binary, as is a unit without B).
+
+    Raises:
+        UsageError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"`{text}` is no amount of memory", where=where, hint="write it as 2GiB or 800MiB")
+    base = 1000 if (found[3] or "").upper() == "B" else 1024
+    return int(float(found[1]) * base ** ("KMGT".index(found[2].upper()) + 1))

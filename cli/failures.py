@@ -7,14 +7,13 @@ from typing import Any
 
 import typer
 
-from ..core.errors import LlmoptError, UsageError, nearest
+from ..core.errors import LlmoptError, UsageError, is_disk_full, nearest
 from ..core.untrusted import UnreadableError
 from .app import COMMANDS
 
 _ClickUsageError, _ClickException = typer.BadParameter.__mro__[1:3]
 """Typer carries its own copy of click in newer versions; its base classes are reached the same way in all of them."""
 
-_DISK_FULL = ("no space left on device", "os error 28", "disk quota exceeded")
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 
 
@@ -32,7 +31,7 @@ def understood(error: BaseException) -> LlmoptError | None:
     if _is_memory(error):
         hint = "see the estimate of --dry-run; use fewer or shorter calibration samples, or a machine with more memory"
         return LlmoptError("out of memory", where=_first_line(error), hint=hint)
-    if _is_disk_full(error):
+    if is_disk_full(error):
         hint = "free some space, or write to another disk with -o"
         return LlmoptError("the disk is full", where=_place(error), hint=hint)
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("llmopt"):
@@ -44,16 +43,11 @@ def understood(error: BaseException) -> LlmoptError | None:
 
 
 def _is_want_of_room(error: BaseException) -> bool:
-    return _is_memory(error) or _is_disk_full(error)
+    return _is_memory(error) or is_disk_full(error)
 
 
 def _is_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or _mentions(error, _NO_MEMORY)
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    number = getattr(error, "errno", None)
-    return number in {errno.ENOSPC, getattr(errno, "EDQUOT", None)} - {None} or _mentions(error, _DISK_FULL)
 
 
 def _mentions(error: BaseException, phrases: tuple[str, ...]) -> bool:

@@ -6,9 +6,12 @@ line prints it without a traceback; anything else that escapes is a defect of ll
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import IntEnum
+
+_DISK_FULL = ("no space left on device", "os error 28", "disk quota exceeded")
 
 
 class ExitCode(IntEnum):
@@ -70,3 +73,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean `{close[0]}`?" if close else f"known: {', '.join(names)}"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether the system, or a library in its own words, says that a disk or a quota is full."""
+    if getattr(error, "errno", None) in {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}:
+        return True
+    return any(phrase in str(error).lower() for phrase in _DISK_FULL)

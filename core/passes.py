@@ -61,12 +61,12 @@ class PassResult:
 
     changed: list[str] = field(default_factory=list[str])
     skipped: list[Skip] = field(default_factory=list[Skip])
-    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    metrics: dict[str, int | float] = field(default_factory=dict[str, int | float])
     notes: list[str] = field(default_factory=list[str])
     allocation: dict[str, int] = field(default_factory=dict[str, int])
     vocabulary: list[int] | None = None
-    curve: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
-    layers: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    curve: list[dict[str, int | float]] = field(default_factory=list[dict[str, int | float]])
+    layers: dict[str, dict[str, int | float]] = field(default_factory=dict[str, dict[str, int | float]])
     weight_bytes: int | None = None
 
     def absorb(self, other: PassResult) -> None:
@@ -102,6 +102,8 @@ class PassContext:
             none; None where both have the same vocabulary.
         text: what `Pass.text` asked for.
         work: a folder for what the pass needs on disk while it runs.
+        checkpoints: a folder that outlives a run that is killed, for this pass with these parameters on this model
+            alone; None where nothing is kept.
     """
 
     seed: int = 0
@@ -114,6 +116,7 @@ class PassContext:
     teacher_ids: Sequence[int] | None = None
     text: TextRows | None = None
     work: Path | None = None
+    checkpoints: Path | None = None
 
 
 class Pass(Generic[P]):
@@ -160,6 +163,10 @@ class Pass(Generic[P]):
     def text(self, facts: ModelFacts) -> TextRequest | None:  # noqa: ARG002
         """Return what text the pass reads beside the calibration samples, None when it reads none."""
         return None
+
+    def inputs(self) -> tuple[str, ...]:
+        """Return the files, folders and hub ids that the parameters name and the pass reads."""
+        return ()
 
     def trains(self) -> bool:
         """Return whether several processes can share the pass's work."""
@@ -265,6 +272,14 @@ class SurveyPass(BlockPass[P]):
 
     def begin(self, model: ModelHandle, context: PassContext) -> None:
         """Look at the model before the sweep; what cannot work is refused here, before the sweep's time is spent."""
+
+    def findings(self) -> Any:
+        """Return what was found so far as plain data, from which `take_up` goes on."""
+        raise NotImplementedError
+
+    def take_up(self, findings: Any) -> None:
+        """Go on, after `begin`, with what another process has found of the first blocks."""
+        raise NotImplementedError
 
     def conclude(self, model: ModelHandle, context: PassContext) -> tuple[ModelHandle, PassResult]:
         """Return the model and what follows from all blocks together; it is added to what the sweep gave."""

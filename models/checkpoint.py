@@ -77,6 +77,10 @@ class Checkpoint:
     Args:
         folder: the model folder.
 
+    Attributes:
+        tensors: where each tensor lies.
+        copies: those that `with_copies` has added, and the one that each reads.
+
     Raises:
         LlmoptError: a shard is missing, truncated, or its header contradicts itself.
     """
@@ -84,6 +88,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
+        self.copies: dict[str, str] = {}
         for shard in _shards(folder):
             self.tensors.update(read_header(shard))
             if len(self.tensors) > _MAX_TENSORS:
@@ -177,6 +182,7 @@ class Checkpoint:
         """
         made = copy.copy(self)
         made.tensors = self.tensors | {name: self.tensors[source] for name, source in copies.items()}
+        made.copies = self.copies | dict(copies)
         return made
 
     @property

@@ -129,6 +129,13 @@ class Replay:
             self._finished.append([])
         self._finished[-1].append(site)
 
+    def take_up(self, finished: Sequence[BlockSite]) -> None:
+        """Go on behind blocks that another process has finished, whose outputs `states` holds."""
+        for stack in self._skeleton.stacks:
+            done = [site for site in stack if site in finished]
+            if done:
+                self._finished.append(done)
+
     def answer(
         self,
         site: BlockSite,

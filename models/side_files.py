@@ -21,17 +21,21 @@ _OTHERS = frozenset(
 )
 
 
-def copy_side_files(folder: Path, directory: Path, *, with_config: bool = False, with_code: bool = False) -> None:
-    """Copy the side files of the model in `folder`.
+def side_files(folder: Path, *, with_config: bool = False, with_code: bool = False) -> list[Path]:
+    """Return the side files of the model in `folder`.
 
     Args:
         folder: the model's.
-        directory: where they go.
-        with_config: config.json as well, as it is.
+        with_config: config.json as well.
         with_code: Python files as well.
     """
     others = _OTHERS if with_config else _OTHERS | {"config.json"}
-    for pattern in (*_PATTERNS, "*.py") if with_code else _PATTERNS:
-        for path in sorted(folder.glob(pattern)):
-            if path.is_file() and path.name not in others:
-                shutil.copyfile(path, directory / path.name)
+    patterns = (*_PATTERNS, "*.py") if with_code else _PATTERNS
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file() and path.name not in others)
+
+
+def copy_side_files(folder: Path, directory: Path, *, with_config: bool = False, with_code: bool = False) -> None:
+    """Copy the side files of the model in `folder` to `directory`; see `side_files`."""
+    for path in side_files(folder, with_config=with_config, with_code=with_code):
+        shutil.copyfile(path, directory / path.name)

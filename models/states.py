@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
+
+from ..core.errors import is_disk_full
+
+
+class StateFile(msgspec.Struct, frozen=True, kw_only=True):
+    """An output on disk.
+
+    Attributes:
+        stack: number of the stack.
+        batch: number of the batch.
+        name: the file in its folder.
+        crc32: checksum of its bytes.
+    """
+
+    stack: int
+    batch: int
+    name: str
+    crc32: int
 
 
 class States:
@@ -15,34 +36,73 @@ class States:
 
     Args:
         dtype: floating-point numbers are kept in it where it is narrower than they are and holds them all.
-        folder: where outputs are kept that do not fit; None keeps all in memory.
-        limit: bytes to keep in memory.
+        folder: where outputs are written that do not fit into memory; None keeps all there.
+        limit: bytes to keep in memory; None keeps all there.
+        lasting: write all of them, so that another process can go on with them. The file of the output before stays
+            until the next but one is written: a process that is killed between two leaves one of them whole.
+
+    Attributes:
+        lasting: whether it could be done so far; a full disk ends it as long as memory holds what it did not take.
     """
 
-    def __init__(self, dtype: torch.dtype, folder: Path | None = None, limit: int = 0) -> None:
+    def __init__(
+        self, dtype: torch.dtype, folder: Path | None = None, limit: int | None = None, *, lasting: bool = False
+    ) -> None:
         self._dtype = dtype
         self._folder = folder
         self._limit = limit
+        self.lasting = lasting
         self._kept: dict[tuple[int, int], Any] = {}
+        self._files: dict[tuple[int, int], StateFile] = {}
 
     def __setitem__(self, key: tuple[int, int], output: Any) -> None:
         """Keep the output of a stack on a batch in the place of a former one."""
         self._kept.pop(key, None)
         narrow = _mapped(output, self._narrow)
-        if self._folder is not None and sum(map(_nbytes, self._kept.values())) + _nbytes(narrow) > self._limit:
-            with self._file(key).open("wb") as stream:
-                torch.save(narrow, stream)
-        else:
+        fits = (
+            self._folder is None
+            or self._limit is None
+            or sum(map(_nbytes, self._kept.values())) + _nbytes(narrow) <= self._limit
+        )
+        if fits:
             self._kept[key] = narrow
+        if self.lasting or not fits:
+            try:
+                self._write(key, narrow)
+            except OSError as error:
+                if not fits or not is_disk_full(error):
+                    raise
+                self.lasting = False
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         """Return the output of a stack on a batch, in float32."""
-        output = self._kept[key] if key in self._kept else torch.load(self._file(key))
+        output = self._kept[key] if key in self._kept else torch.load(self._place / self._files[key].name)
         return _mapped(output, _widened)
 
-    def _file(self, key: tuple[int, int]) -> Path:
+    @property
+    def files(self) -> list[StateFile]:
+        """The newest outputs on disk."""
+        return list(self._files.values())
+
+    def take_up(self, files: Mapping[tuple[int, int], StateFile]) -> None:
+        """Go on with the outputs that another process has written to the folder."""
+        self._files = dict(files)
+        if self._limit is None:
+            self._kept = {key: torch.load(self._place / file.name) for key, file in files.items()}
+
+    @property
+    def _place(self) -> Path:
         assert self._folder is not None, "without a folder everything is kept in memory"
-        return self._folder / "states-{}-{:06d}.pt".format(*key)
+        return self._folder
+
+    def _write(self, key: tuple[int, int], output: Any) -> None:
+        before = self._files.get(key)
+        turn = "b" if before is not None and before.name.endswith("a.pt") else "a"
+        stream = io.BytesIO()
+        torch.save(output, stream)
+        name = "states-{}-{:06d}-{}.pt".format(*key, turn)
+        (self._place / name).write_bytes(stream.getbuffer())
+        self._files[key] = StateFile(stack=key[0], batch=key[1], name=name, crc32=zlib.crc32(stream.getbuffer()))
 
     def _narrow(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point() or tensor.itemsize <= self._dtype.itemsize:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+import msgspec
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.activations import QuantizedCache, QuantizedInput
+from ..core.errors import is_disk_full
 from ..core.model import Linear
 from ..core.quantized import Grid, QuantizedWeight
 
@@ -56,14 +58,34 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     close()
 
 
+class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
+    """What one file of the store holds.
+
+    Attributes:
+        path: the file.
+        layers: the quantized layers in it, and the grid of each.
+        transposed: those of them that the checkpoint stores as (in, out).
+        changed: the floating-point checkpoint tensors in it.
+        packed: how many weights each of the layers has, and their bytes, codes packed without gaps.
+    """
+
+    path: str
+    layers: dict[str, Grid]
+    packed: dict[str, tuple[int, int]]
+    transposed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+
+
 class WorkStore:
     """Quantized layers by name.
 
     Args:
-        folder: where to keep them; created.
+        folder: where to write them; created.
 
     Attributes:
-        folder: where they are kept.
+        folder: where they are written.
+        spare: where they are written once the disk of `folder` is full; None where that is an error.
+        files: what was written there, in order.
         grids: the grid of each layer.
         packed: how many weights each layer has, and their bytes, codes packed without gaps.
         changed: floating-point checkpoint tensors that are different now, and the file of each.
@@ -76,15 +98,26 @@ class WorkStore:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.spare: Path | None = None
+        self.files: list[StoredFile] = []
+        self._puts = 0
         self._files: dict[str, Path] = {}
         self.grids: dict[str, Grid] = {}
         self.packed: dict[str, tuple[int, int]] = {}
         self.changed: dict[str, Path] = {}
-        self._files_written = 0
         self.transposed: set[str] = set()
         self.inputs: dict[str, QuantizedInput] = {}
         self.caches: dict[str, QuantizedCache] = {}
         self.sparse: set[str] = set()
+
+    def at(self, folder: Path) -> WorkStore:
+        """Return a store that knows all this one does and writes to another folder; this one stays as it is."""
+        made = WorkStore(folder)
+        made._files, made.grids, made.changed = dict(self._files), dict(self.grids), dict(self.changed)
+        made.packed = dict(self.packed)
+        made.transposed, made.sparse = set(self.transposed), set(self.sparse)
+        made.inputs, made.caches = dict(self.inputs), dict(self.caches)
+        return made
 
     def put(
         self,
@@ -93,7 +126,7 @@ class WorkStore:
         *,
         transposed: Collection[Linear] = (),
         changed: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    ) -> StoredFile | None:
         """Write what the passes of one sweep made of one block.
 
         Args:
@@ -101,11 +134,13 @@ class WorkStore:
             results: quantized layers.
             transposed: the layers that the checkpoint stores as (in, out).
             changed: floating-point checkpoint tensors that are different now.
+
+        Returns:
+            What was written, None when there was nothing to write.
         """
-        self._files_written += 1
-        path = self.folder / f"{self._files_written:06d}-{block}.safetensors"
+        self._puts += 1
+        path = self.folder / f"{self._puts:06d}-{block}.safetensors"
         tensors: dict[str, Tensor] = dict(changed or {})
-        self.changed.update(dict.fromkeys(tensors, path))
         for linear, weight in results.items():
             tensors[f"{linear.name}.codes"] = weight.codes.contiguous()
             tensors[f"{linear.name}.scale"] = weight.scale.contiguous()
@@ -113,13 +148,44 @@ class WorkStore:
                 tensors[f"{linear.name}.zero_point"] = weight.zero_point.contiguous()
             if weight.divisor is not None:
                 tensors[f"{linear.name}.divisor"] = weight.divisor.clone()  # layers of one product share it
-            self._files[linear.name] = path
-            self.grids[linear.name] = weight.grid
-            self.packed[linear.name] = (weight.codes.numel(), weight.nbytes)
-            if linear in transposed:
-                self.transposed.add(linear.name)
-        if tensors:
+        if not tensors:
+            return None
+        file = StoredFile(
+            path=str(self._save(tensors, path)),
+            layers={linear.name: weight.grid for linear, weight in results.items()},
+            transposed=tuple(linear.name for linear in results if linear in transposed),
+            changed=tuple(changed or ()),
+            packed={linear.name: (weight.codes.numel(), weight.nbytes) for linear, weight in results.items()},
+        )
+        self.add(file)
+        return file
+
+    def _save(self, tensors: dict[str, Tensor], path: Path) -> Path:
+        """Write a file, in `spare` where the disk of `folder` is full, and return where it lies."""
+        try:
             save_file(tensors, path)
+        except Exception as error:
+            if self.spare is None or not is_disk_full(error):
+                raise
+            path.unlink(missing_ok=True)
+            self.folder, self.spare = self.spare, None
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return self._save(tensors, self.folder / path.name)
+        return path
+
+    def skip(self, count: int) -> None:
+        """Number the next file as if `count` blocks had been put before it."""
+        self._puts += count
+
+    def add(self, file: StoredFile) -> None:
+        """Take up a file that is there already."""
+        path = Path(file.path)
+        self.files.append(file)
+        self.changed.update(dict.fromkeys(file.changed, path))
+        self._files.update(dict.fromkeys(file.layers, path))
+        self.grids.update(file.layers)
+        self.packed.update(file.packed)
+        self.transposed.update(file.transposed)
 
     def get_changed(self, name: str) -> Tensor:
         """Read a floating-point tensor that a pass has changed."""

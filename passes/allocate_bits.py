@@ -175,6 +175,25 @@ class AllocateBits(AllocationPass[AllocateBitsParams]):
             self._parts.append((part.linears, list(options.values())))
         return result
 
+    def findings(self) -> list[Any]:
+        """Return the layers of each part, and what each width would cost."""
+        return [
+            [
+                [(one.name, one.out_features, one.in_features) for one in linears],
+                [(option.bits, option.size, option.loss) for option in options],
+            ]
+            for linears, options in self._parts
+        ]
+
+    def take_up(self, findings: list[Any]) -> None:
+        """Go on with the parts of the first blocks."""
+        from .numerics.allocation import Option
+
+        self._parts = [
+            ([Linear(*one) for one in linears], [Option(*option) for option in options])
+            for linears, options in findings
+        ]
+
     def conclude(self, model: ModelHandle, context: PassContext) -> tuple[ModelHandle, PassResult]:  # noqa: ARG002
         """Solve for the best bits of all layers; the model stays as it is.
 

@@ -111,7 +111,10 @@ class DistillParams(Params, frozen=True, kw_only=True):
     ] = None
     checkpoint: Annotated[
         str | None,
-        Meta(description="A folder for checkpoints: the same run, started again, goes on from the last one there."),
+        Meta(
+            description="A folder for checkpoints: the same run, started again, goes on from the last one there. They "
+            "lie in the cache when left out."
+        ),
     ] = None
     checkpoint_every: Annotated[int, Meta(ge=1, description="Steps between checkpoints.")] = 100
     lora_rank: Annotated[
@@ -180,6 +183,10 @@ class Distill(ModelPass[DistillParams]):
     def teacher(self) -> str | None:
         """Return the named teacher."""
         return self.params.teacher
+
+    def inputs(self) -> tuple[str, ...]:
+        """Return the named teacher and the named text."""
+        return tuple(one for one in (self.params.teacher, self.params.data) if one is not None)
 
     def trains(self) -> bool:
         """Return that several processes can share the work."""

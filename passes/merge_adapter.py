@@ -78,6 +78,10 @@ class MergeAdapter(ModelPass[MergeAdapterParams]):
     before_rounding = True
     Params = MergeAdapterParams
 
+    def inputs(self) -> tuple[str, ...]:
+        """Return the adapters."""
+        return self.params.adapters
+
     def check(self, facts: ModelFacts, target: Target) -> None:  # noqa: ARG002
         """Refuse adapters that are not there, are pickled, or were trained for another model."""
         weights = self.params.weights

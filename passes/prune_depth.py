@@ -151,6 +151,14 @@ class PruneDepth(SurveyPass[PruneDepthParams]):
         self._measured[block.name] = influence.mean
         return PassResult()
 
+    def findings(self) -> dict[str, float]:
+        """Return the figure of each block."""
+        return dict(self._measured)
+
+    def take_up(self, findings: dict[str, float]) -> None:
+        """Go on with figures of the first blocks."""
+        self._measured = dict(findings)
+
     def conclude(self, model: ModelHandle, context: PassContext) -> tuple[ModelHandle, PassResult]:
         """Take out the blocks."""
         stacks = [list(stack) for stack in model.blocks() if self._wants(stack[0], model.facts)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -173,6 +173,21 @@ class PruneWidth(SurveyPass[PruneWidthParams]):
             for part in in_parts(chosen, context.statistics_bytes):
                 self._narrow(block, part, result)
         return result
+
+    def findings(self) -> dict[str, Any]:
+        """Return the units that stay, and the scores of the stream's so far."""
+        scores = {name: [str(one.dtype).removeprefix("torch."), one.tolist()] for name, one in self._scores.items()}
+        return {"kept": self._kept, "scores": scores}
+
+    def take_up(self, findings: dict[str, Any]) -> None:
+        """Go on with what was chosen of the first blocks."""
+        import torch
+
+        self._kept = {name: list(units) for name, units in findings["kept"].items()}
+        self._scores = {
+            name: torch.tensor(scores, dtype=getattr(torch, dtype))
+            for name, (dtype, scores) in findings["scores"].items()
+        }
 
     def conclude(self, model: ModelHandle, context: PassContext) -> tuple[ModelHandle, PassResult]:  # noqa: ARG002
         """Take out what was not chosen."""

@@ -112,7 +112,7 @@ def _named(one: AnyPass, request: TextRequest, calibration: CalibrationSpec | No
 def with_materials(one: AnyPass, model: TorchModel, context: PassContext, start: Start, number: int) -> PassContext:
     """Return the context with what pass `one`, the recipe's `number`-th, asked for."""
     work = start.work / f"pass-{number}"
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     context = replace(context, work=work)
     if Need.TEACHER in one.requires():
         teacher = _teacher(one, start, work)

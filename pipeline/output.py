@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Generator, Sequence
@@ -12,7 +13,16 @@ from pathlib import Path
 
 from ..core.errors import UsageError
 from ..core.manifest import MANIFEST, FileRecord
+from ..core.processes import is_main
 from ..core.recipe import Recipe
+from .locks import Lock, lock_file
+
+_PARTIAL, _FORMER = ".partial", ".former"
+_HELPING = ".helping.partial"
+"""Of the folder of a process that trains with the one that writes the artifact."""
+
+_OWNER = "owner"
+"""The file in it whose lock tells that its run lives."""
 
 _ELSEWHERE = "give a folder you may write to with -o"
 
@@ -48,7 +58,8 @@ def staging(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> Genera
     """Have a staging folder for `output`; see `check_output`.
 
     Raises:
-        UsageError: the output exists and `force` is not set, is not one of ours, or cannot be written.
+        UsageError: the output exists and `force` is not set, is not one of ours, cannot be written, or another run
+            writes it.
     """
     check_output(output, force=force, inputs=inputs)
     output = output.resolve() if ".." in output.parts else output
@@ -56,17 +67,89 @@ def staging(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> Genera
     try:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+            folder, claim = _claim(output)
         except OSError as error:
             raise UsageError(f"cannot write to `{output.parent}`", where=error.strerror, hint=_ELSEWHERE) from None
         try:
             yield Staging(output, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            claim.release()
     finally:
         for parent in made:  # the innermost first; one that holds something now stays
             with suppress(OSError):
                 parent.rmdir()
+
+
+def _claim(output: Path) -> tuple[Path, Lock]:
+    """Make a folder beside `output` that says who writes it, and remove those of runs that were killed.
+
+    Raises:
+        UsageError: another run writes the same output.
+    """
+    ending = _PARTIAL if is_main() else _HELPING
+    with _alone(output.parent):
+        for left in _left(output, _PARTIAL, _HELPING):
+            lock = Lock(left / _OWNER)
+            if _remove_dead(left, lock) or left.name.endswith(_HELPING) or not is_main():
+                continue
+            raise UsageError(
+                f"another run writes `{output}`",
+                where=lock.holder(),
+                hint="wait until it has ended, or give another folder with -o",
+            )
+        if is_main():
+            _bring_back(output)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=ending, dir=output.parent))
+        claim = Lock(folder / _OWNER)
+        with suppress(OSError):  # a disk that knows no locks: nobody will be refused
+            claim.take()
+    return folder, claim
+
+
+def _left(output: Path, *endings: str) -> list[Path]:
+    """Return the folders beside `output` that runs on it have made, dead or alive."""
+    ours = re.compile(rf"\.{re.escape(output.name)}\.\w{{8}}({'|'.join(map(re.escape, endings))})")
+    return sorted(path for path in output.parent.iterdir() if ours.fullmatch(path.name))
+
+
+def _remove_dead(folder: Path, lock: Lock) -> bool:
+    """Remove the folder of a run that was killed; return whether nobody works in it."""
+    try:
+        if not (folder / _OWNER).exists():
+            folder.rmdir()
+        elif lock.take():
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+        else:
+            return False
+    except OSError:  # without locks, or with files of a version that took none, one cannot tell; it stays
+        lock.release()
+    return True
+
+
+@contextmanager
+def _alone(folder: Path) -> Generator[None]:
+    """Let one run at a time look at a folder and make its own in it, where the disk knows locks."""
+    try:
+        file = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
+        with suppress(OSError):
+            lock_file(file)
+        yield
+    finally:
+        os.close(file)
+
+
+def _bring_back(output: Path) -> None:
+    """Put the former artifact back where a run was killed as it replaced it, and remove what such runs have left."""
+    for left in _left(output, _FORMER):
+        if not output.exists() and (left / "artifact").is_dir():
+            (left / "artifact").rename(output)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
@@ -144,7 +227,7 @@ def replace_folder(new: Path, place: Path) -> None:
     """Rename `new` to `place`, keeping a former `place` until that has succeeded."""
     former = None
     if place.exists():
-        former = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".former", dir=place.parent)) / "artifact"
+        former = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=_FORMER, dir=place.parent)) / "artifact"
     try:
         if former is not None:
             place.rename(former)

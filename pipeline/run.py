@@ -6,6 +6,7 @@ import json
 import platform
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import distributions, version
@@ -29,9 +30,12 @@ from ..models.locate import Location, locate
 from ..models.onnx_file import GraphSource
 from ..models.text import load_tokenizer
 from .background import in_background
+from .blocks_done import BlocksDone
 from .card import CARD, license_of, write_card
 from .fingerprint import FINGERPRINT, write_fingerprint
 from .graph_reference import graph_reference
+from .kept import KeptSteps, Work, keeping
+from .keys import Keys, uses_samples
 from .lowering import export_graph, graph_passes
 from .materials import Start, with_materials
 from .output import Staging, file_record, file_records, inputs_of, readable, staging
@@ -39,6 +43,7 @@ from .parity import ROWS, Reference, compare, make_reference
 from .parts import source_parts
 from .record import Recorder
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
+from .store import CacheSettings, open_store
 from .sweep import run_sweep
 from .threads import fixed_threads
 
@@ -64,7 +69,9 @@ class _Source:
     sha256: Callable[[], str]
 
 
-def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Manifest:
+def run_plan(
+    plan: Plan, output: Path, *, force: bool, reporter: Reporter, cache: CacheSettings | None = None
+) -> Manifest:
     """Execute a plan and put the verified artifact at `output`.
 
     Of several processes that train together one writes the artifact; the others end after the pass that they share, and
@@ -75,6 +82,7 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
         output: the folder to write; appears whole or not at all.
         force: replace a former artifact of ours.
         reporter: shown progress.
+        cache: where results of passes are kept for later runs; None keeps none.
 
     Raises:
         UsageError: the output must not be replaced, or the model or the data cannot be used.
@@ -87,6 +95,7 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
     with (
         fixed_threads(plan.recipe.threads or DEFAULT),
         staging(output, force=force, inputs=inputs_of(plan.recipe)) as stage,
+        ExitStack() as behind,
     ):
         location = locate(plan.recipe.model)
         checkpoint = Checkpoint(location.folder) if location.graph is None else GraphSource(location, plan.facts)
@@ -109,7 +118,12 @@ def run_plan(plan: Plan, output: Path, *, force: bool, reporter: Reporter) -> Ma
             model = TorchModel.create(location, checkpoint, plan.facts, stage.work)
             _warn_of_unused(model, reporter)
             start = Start(location, checkpoint, plan.facts, plan.recipe.calibration, stage.work)
-            model, results, context = _run_passes(model, passes, context, plan.limits, start, recorder=recorder)
+            store = None if cache is None or world_size() > 1 else open_store(cache, reporter)
+            steps = KeptSteps(store, _keys(plan, source), stage.work, plan.recipe.model.id, reporter)
+            behind.enter_context(keeping(steps))
+            model, results, context = _run_passes(
+                model, passes, context, plan.limits, start=start, steps=steps, recorder=recorder
+            )
             if not is_main():
                 records = [_pass_record(one, result) for one, result in zip(passes, results, strict=False)]
                 return _manifest(plan, source, records, [], {})
@@ -175,13 +189,21 @@ def _load_samples(plan: Plan, location: Location, reporter: Reporter) -> Samples
     return load_samples(spec, tokenizer, seed=plan.recipe.seed, held_out=ROWS, reporter=reporter)
 
 
+def _keys(plan: Plan, source: _Source) -> Keys:
+    samples, calibration = source.samples, plan.recipe.calibration
+    data = None if samples is None or calibration is None else (samples.sha256, calibration.column)
+    rows = [] if samples is None else samples.rows
+    return Keys(plan.recipe, source.location, source.sha256, rows=rows, data=data, limits=plan.limits)
+
+
 def _run_passes(
     model: TorchModel,
     passes: Sequence[AnyPass],
     context: PassContext,
     limits: Limits,
-    start: Start,
     *,
+    start: Start,
+    steps: KeptSteps,
     recorder: Recorder,
 ) -> tuple[TorchModel, list[PassResult], PassContext]:
     """Return the model, what each pass did, and the context as they left it for the passes on graphs."""
@@ -190,20 +212,19 @@ def _run_passes(
     for group in sweeps(passes):
         if not is_main() and not any(one.trains() for one in passes[len(results) :]):
             break
-        with recorder.step(" + ".join(one.name for one in group)):
-            if isinstance(group[0], SurveyPass):
-                model, result = _survey(model, group[0], context, limits)
-                results.append(result)
-                context = replace(context, allocation={**context.allocation, **result.allocation})
-            elif isinstance(group[0], BlockPass):
-                results += run_sweep(model, cast("list[BlockPass[Any]]", group), context.rows, context, limits)
-            else:
-                materials = with_materials(group[0], model, context, start, len(results) + 1)
-                changed, result = cast("ModelPass[Any]", group[0]).run(model, materials)
-                model = cast("TorchModel", changed)
-                results.append(result)
-                context = replace(context, rows=_renumbered(context.rows, result))
-        done = list(zip(group, results[-len(group) :], strict=True))
+        shown = context if any(map(uses_samples, group)) else replace(context, rows=())
+        work = _work(group, shown, limits, start, len(results) + 1)
+        with recorder.step(" + ".join(one.name for one in group)) as record:
+            made = steps.make(group, passes[len(results) + len(group) :], model, work)
+            record.cached, record.blocks_resumed = made.cached, made.blocks_resumed
+            record.seconds_saved = made.seconds_saved
+        model = made.model
+        results += made.results
+        for result in made.results:
+            context = replace(context, rows=_renumbered(context.rows, result))
+        if isinstance(group[0], SurveyPass):
+            context = replace(context, allocation={**context.allocation, **made.results[0].allocation})
+        done = list(zip(group, made.results, strict=True))
         size = _note_sizes(done, size, model.nbytes)
         for one, result in done:
             for note in result.notes:
@@ -221,6 +242,28 @@ def _note_sizes(done: Sequence[tuple[AnyPass, PassResult]], before: int, after: 
     return after
 
 
+def _work(group: Sequence[AnyPass], context: PassContext, limits: Limits, start: Start, number: int) -> Work:
+    """Return what carries out a step, the passes from the recipe's `number`-th on."""
+    first = group[0]
+    if isinstance(first, SurveyPass):
+
+        def survey(model: TorchModel, done: BlocksDone | None, _: Path | None) -> tuple[TorchModel, list[PassResult]]:
+            changed, result = _survey(model, first, context, limits, done=done)
+            return changed, [result]
+
+        return survey
+    if isinstance(first, BlockPass):
+        blocks = cast("list[BlockPass[Any]]", group)
+        return lambda model, done, _: (model, run_sweep(model, blocks, context.rows, context, limits, done=done))
+
+    def run(model: TorchModel, _: BlocksDone | None, checkpoints: Path | None) -> tuple[TorchModel, list[PassResult]]:
+        materials = replace(with_materials(first, model, context, start, number), checkpoints=checkpoints)
+        changed, result = cast("ModelPass[Any]", first).run(model, materials)
+        return cast("TorchModel", changed), [result]
+
+    return run
+
+
 def _renumbered(rows: Sequence[Sequence[int]], result: PassResult) -> list[list[int]]:
     """Return rows in a pass's new ids; tokens that are gone are left out, and rows that have too few others."""
     if result.vocabulary is None:
@@ -231,10 +274,15 @@ def _renumbered(rows: Sequence[Sequence[int]], result: PassResult) -> list[list[
 
 
 def _survey(
-    model: TorchModel, survey: SurveyPass[Any], context: PassContext, limits: Limits
+    model: TorchModel,
+    survey: SurveyPass[Any],
+    context: PassContext,
+    limits: Limits,
+    *,
+    done: BlocksDone | None = None,
 ) -> tuple[TorchModel, PassResult]:
     survey.begin(model, context)
-    (result,) = run_sweep(model, [survey], context.rows, context, limits)
+    (result,) = run_sweep(model, [survey], context.rows, context, limits, done=done)
     changed, concluded = survey.conclude(model, context)
     result.absorb(concluded)
     return cast("TorchModel", changed), result

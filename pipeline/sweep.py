@@ -7,24 +7,30 @@ free it. The runner, not the pass, sees to the contract: only the block's own la
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from ..core.errors import LlmoptError, UsageError
 from ..core.model import Linear
-from ..core.passes import BlockPass, Need, PassContext, PassResult, Skip
+from ..core.passes import BlockPass, Need, PassContext, PassResult, Skip, SurveyPass
 from ..core.plan import Limits
 from ..core.quantized import Grid, QuantizedWeight
 from ..models.blocks import LoadedBlock, loaded
 from ..models.handle import TorchModel
 from ..models.outside import outside_on_demand
 from ..models.replay import Replay
-from ..models.skeleton import Skeleton
+from ..models.saved import relative
+from ..models.skeleton import BlockSite, Skeleton
 from ..models.states import States
+from ..models.store import StoredFile
 from ..models.text import batches
+from .blocks_done import BlocksDone, Finished
 
 
 def run_sweep(
@@ -33,6 +39,8 @@ def run_sweep(
     rows: Sequence[Sequence[int]],
     context: PassContext,
     limits: Limits = Limits(),  # noqa: B008  (frozen)
+    *,
+    done: BlocksDone | None = None,
 ) -> list[PassResult]:
     """Run block passes over all blocks; what they make goes to the model's store.
 
@@ -42,37 +50,144 @@ def run_sweep(
         rows: calibration samples as token ids; empty when no pass needs them.
         context: seed, target, reporter.
         limits: batches of the samples, and how much of their hidden states stays in memory.
+        done: where finished blocks are written down; those that are there already are not worked on again.
 
     Returns:
         For each pass, what it did.
     """
-    skeleton = model.skeleton()
-    calibrated = any(Need.CALIBRATION in one.requires() for one in passes)
-    replay = _replay(model, skeleton, rows, limits) if calibrated else None
-    results = [PassResult() for _ in passes]
-    title = " + ".join(one.name for one in passes)
-    last = skeleton.sites[-1]
-    tokens: list[int] = []
-    with context.reporter.step(title, len(skeleton.sites)) as step, outside_on_demand(skeleton, model.read):
-        for stack in skeleton.stacks:
-            for site, following in zip_longest(stack, stack[1:]):
-                if following is not None:
-                    model.checkpoint.prefetch(skeleton.naming.sources_of(following.parameters))
-                with loaded(skeleton, site, model, replay) as block:
-                    for one, result in zip(passes, results, strict=True):
-                        result.absorb(_run(one, block, context))
-                    if replay is not None and site is not last:
-                        replay.finish(site, first=site is stack[0])
-                    changed = {name: stored() for name, stored in block.changed.items()}
-                    model.store.inputs.update(block.inputs)
-                    model.store.caches.update(block.caches)
-                    model.store.sparse |= block.sparse
-                    tokens += block.expert_tokens.values()
-                    model.store.put(block.name, block.results, transposed=block.transposed, changed=changed)
+    return _Sweep(model, passes, rows, context, limits, done=done).run()
+
+
+class _Sweep:
+    """One sweep; see `run_sweep`."""
+
+    def __init__(
+        self,
+        model: TorchModel,
+        passes: Sequence[BlockPass[Any]],
+        rows: Sequence[Sequence[int]],
+        context: PassContext,
+        limits: Limits,
+        *,
+        done: BlocksDone | None,
+    ) -> None:
+        self._model, self._passes, self._context, self._done = model, passes, context, done
+        self._former = [] if done is None else done.finished
+        if done is not None:
+            for one in self._former:
+                _take_up(model, one, done.folder)
+        self._skeleton = model.skeleton()
+        self._results = [PassResult() for _ in passes]
+        self._tokens: list[int] = []
+        self._states: States | None = None
+        self._replay: Replay | None = None
+        if any(Need.CALIBRATION in one.requires() for one in passes):
+            self._states = _states(model, limits, done)
+            self._replay = _replay(self._skeleton, rows, limits, self._states)
+        if self._former:
+            self._go_on(self._former)
+
+    def run(self) -> list[PassResult]:
+        """Work on the blocks that are left, and return what each pass did."""
+        skeleton, count = self._skeleton, len(self._former)
+        title = " + ".join(one.name for one in self._passes)
+        left = skeleton.sites[count:]
+        with (
+            self._context.reporter.step(title, len(skeleton.sites)) as step,
+            outside_on_demand(skeleton, self._model.read),
+        ):
+            if self._former:
+                step.advance(count, detail=self._former[-1].block)
+            for site, following in zip_longest(left, left[1:]):
+                self._block(site, following)
                 step.advance(detail=site.name)
-    if tokens:
-        _tell_experts(results[[Need.CALIBRATION in one.requires() for one in passes].index(True)], tokens)
-    return results
+        if self._done is not None:
+            self._done.settle()
+        if self._tokens:
+            calibrated = [Need.CALIBRATION in one.requires() for one in self._passes].index(True)
+            _tell_experts(self._results[calibrated], self._tokens)
+        return self._results
+
+    def _go_on(self, former: Sequence[Finished]) -> None:
+        """Take up what an earlier run had found when it was killed."""
+        for one in former:
+            _absorb(self._results, one.results)
+            self._tokens += one.tokens
+        if self._replay is not None and self._states is not None:
+            self._states.take_up({(file.stack, file.batch): file for file in former[-1].states})
+            self._replay.take_up(self._skeleton.sites[: len(former)])
+        first = self._passes[0]
+        if isinstance(first, SurveyPass):
+            first.take_up(former[-1].findings)
+
+    def _block(self, site: BlockSite, following: BlockSite | None) -> None:
+        """Run every pass on a block, and let its outputs be the next one's inputs."""
+        begun = time.monotonic()
+        skeleton, model, done = self._skeleton, self._model, self._done
+        if following is not None:
+            model.checkpoint.prefetch(skeleton.naming.sources_of(following.parameters))
+        with loaded(skeleton, site, model, self._replay) as block:
+            made = [_run(one, block, self._context) for one in self._passes]
+            _absorb(self._results, made)
+            if done is not None:
+                done.settle()
+            if self._replay is not None and following is not None:
+                self._replay.finish(site, first=any(site is stack[0] for stack in skeleton.stacks))
+            self._tokens += block.expert_tokens.values()
+            file = _put(model, block)
+            if done is not None:
+                self._write_down(done, block, made, file, time.monotonic() - begun)
+
+    def _write_down(
+        self, done: BlocksDone, block: LoadedBlock, made: list[PassResult], file: StoredFile | None, seconds: float
+    ) -> None:
+        """Write down a finished block, unless the disk was too full for a part of it."""
+        outside = file is not None and not Path(file.path).is_relative_to(done.folder)
+        if outside or (self._states is not None and not self._states.lasting):
+            done.stopped = True
+            return
+        first = self._passes[0]
+        done.add(
+            Finished(
+                block=block.name,
+                seconds=seconds,
+                file=None if file is None else relative(file, done.folder),
+                record=None,
+                results=made,
+                inputs=dict(block.inputs),
+                caches=dict(block.caches),
+                sparse=sorted(block.sparse),
+                tokens=list(block.expert_tokens.values()),
+                findings=first.findings() if isinstance(first, SurveyPass) else None,
+                states=[] if self._states is None else self._states.files,
+            )
+        )
+
+
+def _absorb(results: Sequence[PassResult], made: Sequence[PassResult]) -> None:
+    """Add what the passes did to a further block."""
+    for result, here in zip(results, made, strict=True):
+        result.absorb(here)
+
+
+def _put(model: TorchModel, block: LoadedBlock) -> StoredFile | None:
+    """Write what was made of a block, and note it in the model's store."""
+    changed = {name: stored() for name, stored in block.changed.items()}
+    model.store.inputs.update(block.inputs)
+    model.store.caches.update(block.caches)
+    model.store.sparse |= block.sparse
+    return model.store.put(block.name, block.results, transposed=block.transposed, changed=changed)
+
+
+def _take_up(model: TorchModel, finished: Finished, folder: Path) -> None:
+    """Put into the model's store what an earlier run has made of a block."""
+    store = model.store
+    if finished.file is not None:
+        store.add(msgspec.structs.replace(finished.file, path=str(folder / finished.file.path)))
+    store.skip(1)
+    store.inputs.update(finished.inputs)
+    store.caches.update(finished.caches)
+    store.sparse.update(finished.sparse)
 
 
 def _tell_experts(result: PassResult, tokens: Sequence[int]) -> None:
@@ -86,17 +201,23 @@ def _tell_experts(result: PassResult, tokens: Sequence[int]) -> None:
     result.notes.append(f"experts saw {least} to {most} calibration tokens, median {median}")
 
 
-def _replay(model: TorchModel, skeleton: Skeleton, rows: Sequence[Sequence[int]], limits: Limits) -> Replay:
+def _states(model: TorchModel, limits: Limits, done: BlocksDone | None) -> States:
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(model.facts.dtype, torch.float32)
+    folder = None if limits.states_bytes is None else model.store.folder
+    if done is None:
+        return States(dtype, folder, limits.states_bytes)
+    return States(dtype, done.folder, limits.states_bytes, lasting=True)
+
+
+def _replay(skeleton: Skeleton, rows: Sequence[Sequence[int]], limits: Limits, states: States) -> Replay:
     if skeleton.model.main_input_name != "input_ids":
         raise UsageError(
             f"{type(skeleton.model).__name__} takes {skeleton.model.main_input_name}, calibration data is text",
             hint="use rtn, which needs no calibration data",
         )
-    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(model.facts.dtype, torch.float32)
     decoder = skeleton.has_decoder
     inputs = batches(rows, decoder=decoder, tokens=limits.batch_tokens)
-    folder = None if limits.states_bytes is None else model.store.folder
-    return Replay(skeleton, inputs, States(dtype, folder, limits.states_bytes or 0))
+    return Replay(skeleton, inputs, states)
 
 
 def _run(one: BlockPass[Any], block: LoadedBlock, context: PassContext) -> PassResult:

@@ -10,6 +10,15 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Return the cache of this test's commands; each has its own, and none touches the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("LLMOPT_CACHE_DIR", str(folder))
+    monkeypatch.delenv("LLMOPT_CACHE_SIZE", raising=False)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def family(tmp_path_factory):
     """Return the folder of a tiny model: `family("llama")`, `family("llama", dtype="bfloat16", hidden_size=32)`."""

@@ -107,7 +107,7 @@ def _distill(
     trained = [one for one in pupil.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=params.learning_rate, betas=_BETAS, weight_decay=params.weight_decay)
     prepared, optimizer = accelerator.prepare(pupil, optimizer)
-    checkpoint = None if params.checkpoint is None else Path(params.checkpoint)
+    checkpoint = context.checkpoints if params.checkpoint is None else Path(params.checkpoint)
     keeper = Keeper(work, checkpoint, identity, accelerator)
     settings = _settings(params, facts.is_causal_lm, params.losses(facts), checkpoint is not None)
     progress = Loop(

@@ -10,6 +10,7 @@ import pytest
 from broken import TINY, check_message, tree
 
 ARGUMENTS = ("quantize", TINY, "--group-size", "64")
+CALIBRATION = ("--calibration", TINY / "calibration.txt", "--samples", "16", "--length", "64")
 HINT = "free some space, or write to another disk with -o"
 
 
@@ -39,9 +40,35 @@ def disk(shell, artifact):
 @pytest.mark.parametrize("export", ["safetensors", "onnx-genai"])
 def test_a_small_disk(shell, disk, spare_kib, export):
     disk(spare_kib)
-    shell.refuses(
-        *ARGUMENTS, "--export", export, "-o", "disk/out", "--force", code=1, what="the disk is full", hint=HINT
+    arguments = (*ARGUMENTS, "--export", export, "-o", "disk/out", "--force", "--no-cache")
+    shell.refuses(*arguments, code=1, what="the disk is full", hint=HINT)
+
+
+# Results of passes take about 640 KiB there.
+@pytest.mark.parametrize("spare_kib", [40, 300, 620])
+@pytest.mark.parametrize("calibrated", [False, True], ids=["rtn", "gptq"])
+def test_a_small_disk_for_the_cache(shell, disk, artifact, spare_kib, calibrated):
+    """The run goes on without it, and nothing of it stays there."""
+    disk(spare_kib)
+    shell.run("quantize", TINY, "-o", "plain", "--group-size", "64", "--no-cache", *CALIBRATION[: calibrated * 6])
+    arguments = ("--group-size", "64", "-o", "out", "--cache-dir", "disk/cache", *CALIBRATION[: calibrated * 6])
+    ended = shell.run("quantize", TINY, *arguments)
+    assert ended.code == 0, ended.err
+    assert "going on without the cache at disk/cache: its disk is full" in ended.err
+    assert tree(shell.folder / "out") == tree(shell.folder / "plain")
+    assert not list((shell.folder / "disk" / "cache" / "entries").iterdir())
+
+
+def test_a_disk_that_is_full_for_a_pass_on_the_whole_model(shell, disk):
+    disk(900)
+    (shell.folder / "recipe.yaml").write_text(
+        f"model: {TINY}\npasses: [rotate, prune-depth: {{layers: [1]}}]\nexports: [safetensors]\n"
     )
+    ended = shell.run("run", "recipe.yaml", "-o", "out", "--cache-dir", "disk/cache")
+    assert ended.code == 0, ended.err
+    assert "going on without the cache" in ended.err
+    shell.run("run", "recipe.yaml", "-o", "plain", "--no-cache")
+    assert tree(shell.folder / "out") == tree(shell.folder / "plain")
 
 
 def full(*arguments, **options):

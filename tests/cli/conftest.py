@@ -101,8 +101,8 @@ def install(monkeypatch: Any) -> dict[str, Any]:
             raise UsageError("no such model", where="missing", hint="name a folder")
         return plan(recipe)
 
-    def run_plan(plan: Any, output: Any, *, force: bool, reporter: Any) -> Manifest:
-        calls["run"] = {"output": output, "force": force}
+    def run_plan(plan: Any, output: Any, *, force: bool, reporter: Any, cache: Any) -> Manifest:
+        calls["run"], calls["cache"] = {"output": output, "force": force}, cache
         with reporter.step("quantize", 4) as step:
             for index in range(4):
                 step.advance(detail=f"layers.{index}")

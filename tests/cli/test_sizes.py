@@ -1,7 +1,7 @@
 """Amounts of memory as people write them."""
 
 import pytest
-from llmopt.cli.building import parse_size
+from llmopt.cli.common import parse_size
 from llmopt.core.errors import UsageError
 
 
