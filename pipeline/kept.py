@@ -126,8 +126,8 @@ class KeptSteps:
         expected = _expected_bytes(group, model)
         if expected > self._limit:
             self._reporter.note(
-                f"{title}: not kept in the cache, for its {expected / 2**30:.1f} GiB are more than the "
-                f"{self._limit / 2**30:.1f} GiB that it may take (LLMOPT_CACHE_SIZE)"
+                f"{title}: not kept in the cache, for its {_size(expected)} are more than the {_size(self._limit)} "
+                "that all may take (LLMOPT_CACHE_SIZE)"
             )
             return None
         try:
@@ -235,3 +235,7 @@ def _expected_bytes(group: Sequence[AnyPass], model: TorchModel) -> int:
 
 def _in_words(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.1f} MiB"

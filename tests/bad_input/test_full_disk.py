@@ -47,9 +47,10 @@ def test_a_small_disk(shell, disk, spare_kib, export):
 # Results of passes take about 640 KiB there.
 @pytest.mark.parametrize("spare_kib", [40, 300, 620])
 @pytest.mark.parametrize("calibrated", [False, True], ids=["rtn", "gptq"])
-def test_a_small_disk_for_the_cache(shell, disk, artifact, spare_kib, calibrated):
+def test_a_small_disk_for_the_cache(shell, disk, monkeypatch, spare_kib, calibrated):
     """The run goes on without it, and nothing of it stays there."""
     disk(spare_kib)
+    monkeypatch.setenv("LLMOPT_CACHE_SIZE", "1GiB")  # else it would not begin: half of the free disk is too little
     shell.run("quantize", TINY, "-o", "plain", "--group-size", "64", "--no-cache", *CALIBRATION[: calibrated * 6])
     arguments = ("--group-size", "64", "-o", "out", "--cache-dir", "disk/cache", *CALIBRATION[: calibrated * 6])
     ended = shell.run("quantize", TINY, *arguments)
@@ -59,8 +60,9 @@ def test_a_small_disk_for_the_cache(shell, disk, artifact, spare_kib, calibrated
     assert not list((shell.folder / "disk" / "cache" / "entries").iterdir())
 
 
-def test_a_disk_that_is_full_for_a_pass_on_the_whole_model(shell, disk):
+def test_a_disk_that_is_full_for_a_pass_on_the_whole_model(shell, disk, monkeypatch):
     disk(900)
+    monkeypatch.setenv("LLMOPT_CACHE_SIZE", "1GiB")
     (shell.folder / "recipe.yaml").write_text(
         f"model: {TINY}\npasses: [rotate, prune-depth: {{layers: [1]}}]\nexports: [safetensors]\n"
     )
