@@ -141,7 +141,7 @@ class StepRecord(msgspec.Struct, kw_only=True):
             present one, the largest since the process began.
         cached: whether the result was taken from the cache.
         blocks_resumed: how many finished blocks were taken over from a run that did not end.
-        seconds_saved: what it took when it was made, where it was cached.
+        seconds_saved: what the parts that were taken over took when they were made.
     """
 
     name: str
