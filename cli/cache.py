@@ -74,7 +74,7 @@ def command(
 
 
 def _list(store: Store) -> tuple[list[Section], Any]:
-    from .numbers import seconds, size
+    from ..core.numbers import seconds, size
     from .render import Lines, Table
 
     found = store.shown()
@@ -96,7 +96,7 @@ def _list(store: Store) -> tuple[list[Section], Any]:
 
 
 def _size(store: Store) -> tuple[list[Section], Any]:
-    from .numbers import size
+    from ..core.numbers import size
     from .render import Pairs
 
     data = {"directory": str(store.folder), "bytes": store.size(), "limit_bytes": store.limit()}
@@ -109,7 +109,7 @@ def _size(store: Store) -> tuple[list[Section], Any]:
 
 
 def _removed(store: Store, count: int, freed: int) -> tuple[list[Section], Any]:
-    from .numbers import size
+    from ..core.numbers import size
     from .render import Pairs
 
     left = store.size()

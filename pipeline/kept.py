@@ -13,6 +13,7 @@ import msgspec
 
 from ..core.errors import is_disk_full
 from ..core.manifest import FileRecord
+from ..core.numbers import seconds, size
 from ..core.passes import BlockPass, PassResult
 from ..core.progress import Reporter
 from ..models.handle import TorchModel
@@ -97,7 +98,7 @@ class KeptSteps:
             return Made(*work(self._at(model, self._scratch / f"step-{self._steps}"), None, None))
         if entry.index is not None:
             made = _restored(entry, entry.index, model)
-            self._reporter.note(f"{title}: from the cache, {_in_words(made.seconds_saved)} saved")
+            self._reporter.note(f"{title}: from the cache, {seconds(made.seconds_saved)} saved")
             return made
         return self._build(entry, title, group, model, work)
 
@@ -126,7 +127,7 @@ class KeptSteps:
         expected = _expected_bytes(group, model)
         if expected > self._limit:
             self._reporter.note(
-                f"{title}: not kept in the cache, for its {_size(expected)} are more than the {_size(self._limit)} "
+                f"{title}: not kept in the cache, for its {size(expected)} are more than the {size(self._limit)} "
                 "that all may take (LLMOPT_CACHE_SIZE)"
             )
             return None
@@ -144,7 +145,7 @@ class KeptSteps:
         resumed, saved = (0, 0.0) if done is None else (len(done.finished), done.seconds())
         if resumed:
             blocks = "1 finished block" if resumed == 1 else f"{resumed} finished blocks"
-            self._reporter.note(f"{title}: going on after {blocks}, {_in_words(saved)} saved")
+            self._reporter.note(f"{title}: going on after {blocks}, {seconds(saved)} saved")
         begun = time.monotonic()
         try:
             entry.clear({CHECKPOINTS} if done is None else done.names())
@@ -160,11 +161,9 @@ class KeptSteps:
         if before.store.folder != entry.folder or (done is not None and done.stopped):
             self._give_up(entry, None)
         else:
-            seconds = time.monotonic() - begun + saved
+            took = time.monotonic() - begun + saved
             content = _Content(results=results, model=save(before, after, entry.folder))
-            index = Index(
-                format=FORMAT, title=title, model=self._model, seconds=seconds, files={}, content=pack(content)
-            )
+            index = Index(format=FORMAT, title=title, model=self._model, seconds=took, files={}, content=pack(content))
             self._finishing.append(in_background(partial(_finish, entry, index, content.model, done)))
         return Made(after, results, blocks_resumed=resumed, seconds_saved=saved)
 
@@ -231,11 +230,3 @@ def _expected_bytes(group: Sequence[AnyPass], model: TorchModel) -> int:
     if all(one.grid() is not None or one.input_grid() is not None for one in group):
         return model.facts.parameters * 9 // 8
     return model.facts.bytes
-
-
-def _in_words(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.1f} MiB"
