@@ -16,6 +16,7 @@ import msgspec
 from ..core.passes import Need, Pass, SurveyPass
 from ..core.plan import Limits
 from ..core.recipe import ModelSpec, Recipe
+from ..core.threads import DEFAULT
 from ..models.locate import Location, locate, looks_like_hub_id
 from ..models.sentence import MODULES
 from ..models.side_files import side_files
@@ -32,7 +33,7 @@ class Keys:
     """The keys of a recipe's steps, one after another; each holds the one before it.
 
     Args:
-        recipe: gives the seed, and the data that a pass falls back on.
+        recipe: gives the seed and the number of threads.
         location: the model.
         weights: waits for the hash of its weights.
         rows: calibration samples as token ids.
@@ -53,6 +54,7 @@ class Keys:
         self._location, self._weights, self._rows, self._data = location, weights, rows, data
         self._common: dict[str, Any] = {
             "seed": recipe.seed,
+            "threads": recipe.threads or DEFAULT,
             "batch_tokens": limits.batch_tokens,
             "statistics_bytes": limits.statistics_bytes,
             "task": location.task,

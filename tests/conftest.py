@@ -8,6 +8,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ["LLMOPT_CACHE_SIZE"] = "0"  # of commands that fixtures of a session or a module run
 
 
 @pytest.fixture(autouse=True)

@@ -100,6 +100,7 @@ def test_what_a_pass_does_not_read_leaves_its_key(run, family, text, tmp_path):
     other.write_text(text.read_text()[::-1])
     assert [note.partition(":")[0] for note in run(recipe(folder, *FIVE[3:], data=other))[2].taken()] == ["rotate"]
     assert run(with_fields(made, seed=1))[2].taken() == []
+    assert run(with_fields(made, threads=3))[2].taken() == []
     assert run(made, limits=Limits(batch_tokens=24))[2].taken() == []
 
 
