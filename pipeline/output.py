@@ -10,6 +10,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..core.ends import undone_by, whole
 from ..core.errors import UsageError
 from ..core.manifest import MANIFEST, FileRecord
 from ..core.recipe import Recipe
@@ -34,12 +35,14 @@ class Staging:
 
     def commit(self) -> None:
         """Put the artifact in place; a former one is removed only once the new one stands."""
-        replace_folder(self.root, self._output)
+        with whole:
+            replace_folder(self.root, self._output)
 
     def set_aside(self) -> Path:
         """Move the artifact to `OUTPUT.failed`, for a look at what went wrong, and return that path."""
         failed = failed_folder(self._output)
-        replace_folder(self.root, failed)
+        with whole:
+            replace_folder(self.root, failed)
         return failed
 
 
@@ -59,14 +62,25 @@ def staging(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> Genera
             folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
         except OSError as error:
             raise UsageError(f"cannot write to `{output.parent}`", where=error.strerror, hint=_ELSEWHERE) from None
-        try:
-            yield Staging(output, folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with undone_by(lambda: _remove(folder, made)):
+            try:
+                yield Staging(output, folder)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
-        for parent in made:  # the innermost first; one that holds something now stays
-            with suppress(OSError):
-                parent.rmdir()
+        _remove_empty(made)
+
+
+def _remove(folder: Path, made: Sequence[Path]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _remove_empty(made)
+
+
+def _remove_empty(made: Sequence[Path]) -> None:
+    """Remove the folders that were made for the output, the innermost first; one that holds something now stays."""
+    for parent in made:
+        with suppress(OSError):
+            parent.rmdir()
 
 
 def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
