@@ -15,6 +15,7 @@ _ClickUsageError, _ClickException = typer.BadParameter.__mro__[1:3]
 """Typer carries its own copy of click in newer versions; its base classes are reached the same way in all of them."""
 
 _DISK_FULL = ("no space left on device", "os error 28", "disk quota exceeded")
+_TOO_LARGE = ("file too large (os error 27)",)
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 
 
@@ -35,6 +36,9 @@ def understood(error: BaseException) -> LlmoptError | None:
     if _is_disk_full(error):
         hint = "free some space, or write to another disk with -o"
         return LlmoptError("the disk is full", where=_place(error), hint=hint)
+    if _is_too_large(error):
+        hint = "raise the limit (`ulimit -f` shows it), or write to a file system that takes larger files with -o"
+        return LlmoptError("a file became larger than is allowed", where=_place(error), hint=hint)
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("llmopt"):
         package = error.name.partition(".")[0]
         return LlmoptError(f"the Python package `{package}` is not installed", hint=f"pip install {package}")
@@ -44,7 +48,7 @@ def understood(error: BaseException) -> LlmoptError | None:
 
 
 def _is_want_of_room(error: BaseException) -> bool:
-    return _is_memory(error) or _is_disk_full(error)
+    return _is_memory(error) or _is_disk_full(error) or _is_too_large(error)
 
 
 def _is_memory(error: BaseException) -> bool:
@@ -54,6 +58,10 @@ def _is_memory(error: BaseException) -> bool:
 def _is_disk_full(error: BaseException) -> bool:
     number = getattr(error, "errno", None)
     return number in {errno.ENOSPC, getattr(errno, "EDQUOT", None)} - {None} or _mentions(error, _DISK_FULL)
+
+
+def _is_too_large(error: BaseException) -> bool:
+    return getattr(error, "errno", None) == errno.EFBIG or _mentions(error, _TOO_LARGE)
 
 
 def _mentions(error: BaseException, phrases: tuple[str, ...]) -> bool:
