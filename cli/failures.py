@@ -30,21 +30,25 @@ def understood(error: BaseException) -> LlmoptError | None:
         return LlmoptError(what, where=f"{error.path or ''}\n{error}".strip(), hint="fetch or make it again")
     if isinstance(error, _ClickException):
         return _usage(error)
-    if _is_memory(error):
-        hint = "see the estimate of --dry-run; use fewer or shorter calibration samples, or a machine with more memory"
-        return LlmoptError("out of memory", where=_first_line(error), hint=hint)
-    if _is_disk_full(error):
-        hint = "free some space, or write to another disk with -o"
-        return LlmoptError("the disk is full", where=_place(error), hint=hint)
-    if _is_too_large(error):
-        hint = "raise the limit (`ulimit -f` shows it), or write to a file system that takes larger files with -o"
-        return LlmoptError("a file became larger than is allowed", where=_place(error), hint=hint)
+    if _is_want_of_room(error):
+        return _want_of_room(error)
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("llmopt"):
         package = error.name.partition(".")[0]
         return LlmoptError(f"the Python package `{package}` is not installed", hint=f"pip install {package}")
     if isinstance(error, OSError):
         return _system(error)
     return None
+
+
+def _want_of_room(error: BaseException) -> LlmoptError:
+    if _is_memory(error):
+        hint = "see the estimate of --dry-run; use fewer or shorter calibration samples, or a machine with more memory"
+        return LlmoptError("out of memory", where=_first_line(error), hint=hint)
+    if _is_disk_full(error):
+        hint = "free some space, or write to another disk with -o"
+        return LlmoptError("the disk is full", where=_place(error), hint=hint)
+    hint = "raise the limit (`ulimit -f` shows it), or write to a file system that takes larger files with -o"
+    return LlmoptError("a file became larger than is allowed", where=_place(error), hint=hint)
 
 
 def _is_want_of_room(error: BaseException) -> bool:

@@ -157,3 +157,17 @@ def test_the_bar_is_cleared(tmp_path):
     assert told.rstrip().endswith(b"interrupted")
     assert told.rindex(b"\x1b[?25h") > told.rindex(b"\x1b[?25l")  # the cursor is shown again
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_ends_too(tmp_path):
+    options = ["--teacher", TINY, "--data", TINY / "calibration.txt", "--length", "64", "--steps", "5000"]
+    program = "import sys; from llmopt.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    process = start(program, tmp_path, "distill", TINY, "-o", "out", *options)
+    for line in process.stderr:
+        if line.startswith("distill"):
+            break
+    time.sleep(0.5)
+    _, err, took = end(process, signal.SIGTERM)
+    assert (process.returncode, err.splitlines()[-1]) == (143, "terminated")
+    assert took < 2 * PROMPT
+    assert list(tmp_path.iterdir()) == []
