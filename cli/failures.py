@@ -14,6 +14,7 @@ from .app import COMMANDS
 _ClickUsageError, _ClickException = typer.BadParameter.__mro__[1:3]
 """Typer carries its own copy of click in newer versions; its base classes are reached the same way in all of them."""
 
+_TOO_LARGE = ("file too large (os error 27)",)
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 
 
@@ -28,12 +29,8 @@ def understood(error: BaseException) -> LlmoptError | None:
         return LlmoptError(what, where=f"{error.path or ''}\n{error}".strip(), hint="fetch or make it again")
     if isinstance(error, _ClickException):
         return _usage(error)
-    if _is_memory(error):
-        hint = "see the estimate of --dry-run; use fewer or shorter calibration samples, or a machine with more memory"
-        return LlmoptError("out of memory", where=_first_line(error), hint=hint)
-    if is_disk_full(error):
-        hint = "free some space, or write to another disk with -o"
-        return LlmoptError("the disk is full", where=_place(error), hint=hint)
+    if _is_want_of_room(error):
+        return _want_of_room(error)
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("llmopt"):
         package = error.name.partition(".")[0]
         return LlmoptError(f"the Python package `{package}` is not installed", hint=f"pip install {package}")
@@ -42,12 +39,27 @@ def understood(error: BaseException) -> LlmoptError | None:
     return None
 
 
+def _want_of_room(error: BaseException) -> LlmoptError:
+    if _is_memory(error):
+        hint = "see the estimate of --dry-run; use fewer or shorter calibration samples, or a machine with more memory"
+        return LlmoptError("out of memory", where=_first_line(error), hint=hint)
+    if is_disk_full(error):
+        hint = "free some space, or write to another disk with -o"
+        return LlmoptError("the disk is full", where=_place(error), hint=hint)
+    hint = "raise the limit (`ulimit -f` shows it), or write to a file system that takes larger files with -o"
+    return LlmoptError("a file became larger than is allowed", where=_place(error), hint=hint)
+
+
 def _is_want_of_room(error: BaseException) -> bool:
-    return _is_memory(error) or is_disk_full(error)
+    return _is_memory(error) or is_disk_full(error) or _is_too_large(error)
 
 
 def _is_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or _mentions(error, _NO_MEMORY)
+
+
+def _is_too_large(error: BaseException) -> bool:
+    return getattr(error, "errno", None) == errno.EFBIG or _mentions(error, _TOO_LARGE)
 
 
 def _mentions(error: BaseException, phrases: tuple[str, ...]) -> bool:

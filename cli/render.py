@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ..core.ends import undone_by
 from ..core.numbers import seconds
 from ..core.progress import Reporter, Silent, Step
 
@@ -272,7 +273,8 @@ class _Live:
         begun = time.monotonic()
         task = self._progress.add_task(title, total=total or 1, detail="")
         try:
-            yield _LiveStep(self._progress, task)
+            with undone_by(self._progress.stop):
+                yield _LiveStep(self._progress, task)
             if self._open == 1:
                 self._say(f"{title}: done in {seconds(time.monotonic() - begun)}", "dim")
         finally:

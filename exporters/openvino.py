@@ -6,13 +6,13 @@ config.json, tokenizer and processor files
 
 from __future__ import annotations
 
-import tempfile
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
+from ..core.ends import scratch
 from ..core.errors import LlmoptError, UsageError
 from ..core.exports import ExportableModel, GraphExporter
 from ..core.params import Params
@@ -92,11 +92,11 @@ class OpenVino(GraphExporter[OpenVinoParams]):
         """
         import openvino
 
-        with tempfile.TemporaryDirectory(prefix="llmopt-") as folder:
-            save_graph(graph, Path(folder))
+        with scratch() as folder:
+            save_graph(graph, folder)
             with captured("openvino"):
                 try:
-                    converted = openvino.Core().read_model(Path(folder) / GRAPH)
+                    converted = openvino.Core().read_model(folder / GRAPH)
                 except RuntimeError as error:
                     raise LlmoptError("OpenVINO does not take the graph", where=str(error).strip()[-600:]) from error
                 converted.set_rt_info({"float32": "f32", "bfloat16": "bf16"}[self.params.dtype], list(PRECISION))

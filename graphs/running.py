@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
+from ..core.ends import scratch
 from ..core.threads import take_turns, threads
 from .attention import spell_out
 
@@ -39,8 +38,8 @@ def outputs(
     extra = [known[value.name] for value in also]
     copy.graph.outputs.extend(value for value in dict.fromkeys(extra) if value not in copy.graph.outputs)
     spell_out(copy)
-    with TemporaryDirectory(prefix="llmopt-") as folder:
-        path = Path(folder) / "model.onnx"
+    with scratch() as folder:
+        path = folder / "model.onnx"
         ir.save(copy, path, external_data="model.onnx.data")
         del copy
         options = onnxruntime.SessionOptions()

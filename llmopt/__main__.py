@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from .watchman import Watchman
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
@@ -38,14 +40,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     _received.clear()
     _interrupted.clear()
-    _prepare()
+    as_json = _has(given, "--json")
+    watchman = _prepare(as_json=as_json)
     try:
-        return _run(given)
+        status = _run(given)
     except BaseException as error:  # noqa: BLE001 -- the one boundary: nothing may end in a traceback unasked
-        return _report(error, verbose=_has(given, "-v", "--verbose"), as_json=_has(given, "--json"))
+        status = _report(error, verbose=_has(given, "-v", "--verbose"), as_json=as_json)
+    if watchman is not None:
+        watchman.dismiss()
+    if _received and watchman is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)  # the interpreter would take seconds to take the libraries down; all is tidied and told
+    return status
 
 
-def _prepare() -> None:
+def _prepare(*, as_json: bool) -> Watchman | None:
     """Catch signals, never fail over a character that the terminal cannot show, and set what libraries read later."""
     # Read by torch at its first allocation: with huge pages, fresh memory for a weight costs a quarter of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -55,9 +66,13 @@ def _prepare() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")
-    with suppress(ValueError):  # not in the main thread: someone else owns the signals
+    try:
         signal.signal(signal.SIGTERM, _terminate)
         signal.signal(signal.SIGINT, _interrupt)
+    except ValueError:  # not in the main thread: someone else owns the signals
+        return None
+    # Windows takes sockets alone there, and has no SIGTERM.
+    return None if os.name == "nt" else Watchman(lambda number: _ended_by(number, as_json=as_json))
 
 
 def _terminate(number: int, _frame: FrameType | None) -> None:
@@ -106,9 +121,9 @@ def _report(error: BaseException, *, verbose: bool, as_json: bool) -> int:
         with suppress(ValueError):  # the interpreter's own end is not to be interrupted
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     if signal.SIGTERM in _received or isinstance(error, Terminated):
-        return _say("terminated", ExitCode.TERMINATED, as_json=as_json)
+        return _ended_by(signal.SIGTERM, as_json=as_json)
     if signal.SIGINT in _received or isinstance(error, KeyboardInterrupt):
-        return _say("interrupted", ExitCode.INTERRUPTED, as_json=as_json)
+        return _ended_by(signal.SIGINT, as_json=as_json)
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else ExitCode.FAILED
     if isinstance(error, BrokenPipeError):
@@ -127,8 +142,11 @@ def _report(error: BaseException, *, verbose: bool, as_json: bool) -> int:
     return ExitCode.FAILED
 
 
-def _say(text: str, status: int, *, as_json: bool) -> int:
-    _write(text, {"error": text, "where": None, "hint": None, "exit_code": int(status)} if as_json else None)
+def _ended_by(number: int, *, as_json: bool) -> int:
+    """Tell the user of a signal and return the exit status."""
+    # ExitCode has them too; here nothing may be imported any more: the main thread may be in the midst of it.
+    text, status = ("terminated", 143) if number == signal.SIGTERM else ("interrupted", 130)
+    _write(text, {"error": text, "where": None, "hint": None, "exit_code": status} if as_json else None)
     return status
 
 

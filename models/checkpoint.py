@@ -190,11 +190,15 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def files(self) -> list[Path]:
+        """Config and shards."""
+        return sorted({info.shard for info in self.tensors.values()} | {self.folder / "config.json"})
+
     def sha256(self) -> str:
         """Return a hash over config and shards: names and bytes, in order of the names."""
         digest = hashlib.sha256()
-        files = {info.shard for info in self.tensors.values()} | {self.folder / "config.json"}
-        for file in sorted(files):
+        for file in self.files:
             digest.update(file.name.encode() + b"\0")
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

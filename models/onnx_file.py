@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -59,9 +59,15 @@ class GraphSource:
         """Return the graph, its large weights left on disk."""
         return open_graph(self.path)
 
+    @property
+    def files(self) -> list[Path]:
+        """The graph and its external data."""
+        names = sorted({str(tensor.location) for tensor in external_tensors(self.graph())})
+        return [self.path, *(self.path.parent / name for name in names)]
+
     def sha256(self) -> str:
         """Return a hash over the graph and its external data."""
-        return _sha256(self.path, self.graph())
+        return _sha256(self.files)
 
     def save_side_files(self, directory: Path) -> None:
         """Copy config, tokenizer and processor files that lie beside the graph."""
@@ -208,11 +214,10 @@ def _damaged(path: Path, why: str) -> LlmoptError:
     return LlmoptError(f"`{path.name}` is damaged", where=f"{path}\n{why}", hint=_AGAIN)
 
 
-def _sha256(path: Path, model: ir.Model) -> str:
+def _sha256(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    names = sorted({str(tensor.location) for tensor in external_tensors(model)})
-    for file in [path, *(path.parent / name for name in names)]:
-        digest.update(file.relative_to(path.parent).as_posix().encode() + b"\0")
+    for file in files:
+        digest.update(file.relative_to(files[0].parent).as_posix().encode() + b"\0")
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -7,10 +7,13 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from ..core.ends import undone_by
 from ..core.errors import LlmoptError, UsageError
 from ..core.progress import Reporter
 from ..models.locate import read_config
@@ -71,19 +74,16 @@ def bench(
         options["input"] = data
     texts = [_texts(artifact, data, column) for artifact in artifacts]
     workers: list[_Worker] = []
-    try:
+    with ExitStack() as started:
         with reporter.step("measuring", (repeats + 2) * len(artifacts)) as step:
             for artifact, own in zip(artifacts, texts, strict=True):
-                workers.append(_Worker(artifact, options, own))
+                workers.append(started.enter_context(_working(artifact, options, own)))
                 step.advance(detail=f"loaded {artifact.directory}")
             rounds: list[list[dict[str, Any]]] = []
             for index in range(repeats + 1):
                 rounds.append([worker.measure() for worker in workers])
                 step.advance(len(workers), detail=f"repeat {index} of {repeats}" if index else "warm-up")
         reports = [worker.report([one[at] for one in rounds[1:]]) for at, worker in enumerate(workers)]
-    finally:
-        for worker in workers:
-            worker.close()
     machine = {"processor": processor(), "cores": os.cpu_count() or 1}
     options["threads"] = threads or os.cpu_count() or 1
     made: dict[str, Any] = {"repeats": repeats, **options, "machine": machine, "measured": reports}
@@ -124,17 +124,29 @@ def _texts(artifact: Artifact, data: str | None, column: str | None) -> _Texts:
     return _Texts([[rows[at] for at in batch] for batch in fixed([len(row.ids) for row in rows], _BATCH)], padding or 0)
 
 
+@contextmanager
+def _working(artifact: Artifact, options: dict[str, Any], texts: _Texts) -> Generator[_Worker]:
+    """Have a process with an artifact loaded; it is ended however this ends."""
+    worker = _Worker(artifact, options, texts.padding)
+    with undone_by(worker.kill):
+        try:
+            worker.load(texts)
+            yield worker
+        finally:
+            worker.close()
+
+
 class _Worker:
     """An artifact loaded in a process of its own, so that its memory and its load time are its own."""
 
-    def __init__(self, artifact: Artifact, options: dict[str, Any], texts: _Texts) -> None:
+    def __init__(self, artifact: Artifact, options: dict[str, Any], padding: int) -> None:
         runtime = artifact.runtime()
         self._artifact = artifact
         self._runtime = runtime.version()
         environment = dict(os.environ)
         if options["threads"] is not None:
             environment["OMP_NUM_THREADS"] = str(options["threads"])
-        arguments = {"directory": str(artifact.directory), "runtime": runtime.name, "padding": texts.padding, **options}
+        arguments = {"directory": str(artifact.directory), "runtime": runtime.name, "padding": padding, **options}
         self._process = subprocess.Popen(  # noqa: S603  (our own module)
             [sys.executable, "-m", "llmopt.pipeline.bench_worker", json.dumps(arguments)],
             stdin=subprocess.PIPE,
@@ -143,6 +155,10 @@ class _Worker:
             text=True,
             env=environment,
         )
+        self._load_seconds = 0.0
+
+    def load(self, texts: _Texts) -> None:
+        """Wait until the artifact is loaded, and hand over the texts."""
         self._load_seconds = float(self._answer()["load_seconds"])
         if texts.batches:
             self._tell(json.dumps([[[text.ids, text.types] for text in batch] for batch in texts.batches]))
@@ -168,6 +184,10 @@ class _Worker:
             **medians,
             "peak_memory_bytes": int(peak),
         }
+
+    def kill(self) -> None:
+        """End the process without waiting for it."""
+        self._process.kill()
 
     def close(self) -> None:
         """End the process."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..core.ends import scratch
 from ..core.errors import LlmoptError
 from ..core.manifest import Manifest
 from ..core.progress import Reporter
@@ -37,8 +37,8 @@ def demo(output: Path, *, force: bool, reporter: Reporter) -> dict[str, Any]:
     check_output(output, force=force)
     data = str(model / "heldout.txt")
     reporter.note("1 of 3: int4 by rounding to nearest, to have something to compare with")
-    with tempfile.TemporaryDirectory() as scratch:
-        rounded = Path(scratch) / "rtn"
+    with scratch() as folder:
+        rounded = folder / "rtn"
         run_plan(make_plan(_recipe(model, "rtn", ["safetensors"])), rounded, force=False, reporter=reporter)
         rtn = _evaluate(rounded, data, reporter)
     reporter.note("2 of 3: int4 by GPTQ on calibration text, exported and verified in both runtimes")

@@ -11,6 +11,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..core.ends import undone_by, whole
 from ..core.errors import UsageError
 from ..core.manifest import MANIFEST, FileRecord
 from ..core.processes import is_main
@@ -44,12 +45,14 @@ class Staging:
 
     def commit(self) -> None:
         """Put the artifact in place; a former one is removed only once the new one stands."""
-        replace_folder(self.root, self._output)
+        with whole:
+            replace_folder(self.root, self._output)
 
     def set_aside(self) -> Path:
         """Move the artifact to `OUTPUT.failed`, for a look at what went wrong, and return that path."""
         failed = failed_folder(self._output)
-        replace_folder(self.root, failed)
+        with whole:
+            replace_folder(self.root, failed)
         return failed
 
 
@@ -70,15 +73,26 @@ def staging(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> Genera
             folder, claim = _claim(output)
         except OSError as error:
             raise UsageError(f"cannot write to `{output.parent}`", where=error.strerror, hint=_ELSEWHERE) from None
-        try:
-            yield Staging(output, folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            claim.release()
+        with undone_by(lambda: _remove(folder, made)):
+            try:
+                yield Staging(output, folder)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                claim.release()
     finally:
-        for parent in made:  # the innermost first; one that holds something now stays
-            with suppress(OSError):
-                parent.rmdir()
+        _remove_empty(made)
+
+
+def _remove(folder: Path, made: Sequence[Path]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _remove_empty(made)
+
+
+def _remove_empty(made: Sequence[Path]) -> None:
+    """Remove the folders that were made for the output, the innermost first; one that holds something now stays."""
+    for parent in made:
+        with suppress(OSError):
+            parent.rmdir()
 
 
 def _claim(output: Path) -> tuple[Path, Lock]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +10,7 @@ from typing import Any, cast
 import msgspec
 
 from ..calibration.source import open_source
+from ..core.ends import scratch
 from ..core.errors import LlmoptError, UnmetError, UsageError
 from ..core.manifest import MANIFEST, FileRecord, Manifest
 from ..core.plan import Limits, Plan
@@ -55,8 +55,8 @@ def rebuild(directory: Path, *, reporter: Reporter) -> int:
         )
     plan = _plan(manifest, root)
     _check_inputs(plan, manifest)
-    with tempfile.TemporaryDirectory(prefix="llmopt-rebuild-") as scratch:
-        again = Path(scratch) / "artifact"
+    with scratch("llmopt-rebuild-") as folder:
+        again = folder / "artifact"
         try:
             made = run_plan(plan, again, force=False, reporter=reporter)
         except UnmetError as error:  # what it set aside goes with the folder

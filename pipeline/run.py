@@ -16,6 +16,7 @@ from typing import Any, cast
 import msgspec
 
 from ..calibration.samples import Samples, load_samples
+from ..calibration.source import open_source
 from ..core.errors import UnmetError, UsageError
 from ..core.exports import ExportContext, GraphExporter
 from ..core.manifest import MANIFEST, RUN, ExportRecord, FileRecord, Manifest, Parity, PassRecord
@@ -46,6 +47,7 @@ from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
 from .store import CacheSettings, open_store
 from .sweep import run_sweep
 from .threads import fixed_threads
+from .watched import Watched
 
 _VERSIONED = (
     "torch",
@@ -99,8 +101,9 @@ def run_plan(
     ):
         location = locate(plan.recipe.model)
         checkpoint = Checkpoint(location.folder) if location.graph is None else GraphSource(location, plan.facts)
+        watched = [Watched(checkpoint.files, checkpoint.sha256), *_watched_text(plan)]
         samples = _load_samples(plan, location, reporter)
-        source = _Source(location, checkpoint, samples, in_background(checkpoint.sha256))
+        source = _Source(location, checkpoint, samples, watched[0].sha256)
         every = passes_of(plan.recipe)
         passes = [one for one in every if not isinstance(one, GraphPass)]
         _check_processes(passes)
@@ -145,6 +148,8 @@ def run_plan(
         _write(manifest, stage.root / MANIFEST)
         _write(recorder.finish(), stage.root / RUN)
         readable(stage.root)
+        for one in watched:
+            one.check()
         _refuse_unmet(exports, stage, output)
         stage.commit()
     return manifest
@@ -179,6 +184,15 @@ def _warn_of_unused(model: TorchModel, reporter: Reporter) -> None:
     if unused:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         reporter.warn(f"{type(skeleton.model).__name__} does not use `{'`, `'.join(unused[:3])}`{more}")
+
+
+def _watched_text(plan: Plan) -> list[Watched]:
+    """Return the file of the calibration text; none for a data set, whose texts are kept elsewhere."""
+    spec = plan.recipe.calibration
+    source = None if spec is None else open_source(spec.data, spec.column)
+    if source is None or source.path is None:
+        return []
+    return [Watched([source.path], lambda: source.sha256() or "")]
 
 
 def _load_samples(plan: Plan, location: Location, reporter: Reporter) -> Samples | None:

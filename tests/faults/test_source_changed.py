@@ -1,0 +1,108 @@
+"""A source that changes while it is read: found out, exit 1, nothing written. One that may not be written to works."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import recipe
+from llmopt.core.errors import LlmoptError
+from llmopt.core.progress import Silent
+from llmopt.pipeline import run
+from llmopt.pipeline.plan import make_plan
+from llmopt.pipeline.watched import Watched
+
+
+@pytest.fixture
+def model(family, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(family("llama"), "model")
+    shutil.copyfile(text, "text.txt")
+    return tmp_path / "model"
+
+
+def build_while(monkeypatch, change):
+    """Build an artifact; `change` is called in the midst of it."""
+    made = recipe("model", ("gptq", {"group_size": 32}), data="text.txt")
+    plan = make_plan(made)
+    before = run.make_reference
+
+    def meanwhile(*arguments, **named):
+        change()
+        return before(*arguments, **named)
+
+    monkeypatch.setattr(run, "make_reference", meanwhile)
+    return run.run_plan(plan, Path("out"), force=False, reporter=Silent())
+
+
+def rewrite(path):
+    """Write the same bytes into another file of that name, as a second download does."""
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    copy.replace(path)
+
+
+def flip_last_byte(path):
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns + 1
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=times)
+
+
+@pytest.mark.parametrize("name", ["model/model.safetensors", "model/config.json", "text.txt"])
+def test_a_change_is_found_out(model, tmp_path, monkeypatch, name):
+    def change():
+        with (tmp_path / name).open("ab") as file:
+            file.write(b"\n")
+
+    with pytest.raises(LlmoptError, match=f"{name}` was changed while it was read") as refused:
+        build_while(monkeypatch, change)
+    assert refused.value.exit_code == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_a_change_of_a_byte_is_found_out(model, tmp_path, monkeypatch):
+    with pytest.raises(LlmoptError, match="was changed while it was read"):
+        build_while(monkeypatch, lambda: flip_last_byte(model / "model.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_vanishes_is_found_out(model, tmp_path, monkeypatch):
+    with pytest.raises((LlmoptError, OSError)):
+        build_while(monkeypatch, lambda: shutil.rmtree(model))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
+
+
+def test_the_same_bytes_again_are_no_change(model, tmp_path, monkeypatch):
+    build_while(monkeypatch, lambda: rewrite(model / "model.safetensors"))
+    assert (tmp_path / "out" / "llmopt.json").is_file()
+
+
+def test_a_change_before_the_hash_is_known_is_one(tmp_path):
+    """Then nobody can tell which bytes were read first."""
+    file = tmp_path / "file"
+    file.write_text("one")
+
+    def late():
+        rewrite(file)
+        return "hash"
+
+    watched = Watched([file], late)
+    assert watched.sha256() == "hash"
+    with pytest.raises(LlmoptError, match="was changed"):
+        watched.check()
+
+
+def test_a_source_that_may_not_be_written_to(model, tmp_path, monkeypatch):
+    for path in model.iterdir():
+        path.chmod(0o444)
+    model.chmod(0o555)
+    before = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+    try:
+        build_while(monkeypatch, lambda: None)
+    finally:
+        model.chmod(0o755)
+    assert {path.name: path.stat().st_mtime_ns for path in model.iterdir()} == before
+    assert os.access(tmp_path / "out" / "config.json", os.W_OK)  # what is made of it may be
+    assert (tmp_path / "out" / "config.json").stat().st_mode & 0o200
