@@ -8,7 +8,7 @@ from typing import Any
 
 from ...core.numbers import labelled, number, plain, seconds, share, size
 from . import charts
-from .document import ArtifactEntry, ExportEntry, LayerMap, PassEntry, Report
+from .document import ArtifactEntry, LayerMap, PassEntry, Report
 from .markup import Child, Markup, element, joined
 
 PARTS = {

@@ -169,6 +169,35 @@ def test_a_floating_student_still_merges(family, text, tmp_path):
     assert not (tmp_path / "out" / "adapter").exists()
 
 
+@pytest.mark.parametrize(
+    "rounds", [("rtn", {"number": "fp8"}), ("gptq", {"bits": 3, "group_size": 32})], ids=["fp8", "gptq"]
+)
+def test_any_grid_can_lie_below(family, text, tmp_path, rounds):
+    """Unlike weights that learn on their grid, adapters need no grid of integers."""
+    learn = ("distill", {"data": str(text), **LEARN, "lora_targets": ["q_proj", "down_proj"]})
+    made = build(recipe(family("llama"), rounds, learn, data=text), tmp_path / "out")
+    assert made.exports[0].adapted.passed
+    assert made.passes[1].metrics["adapted_layers_count"] == 4
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) == 4
+
+
+def test_it_is_told_and_reported(family, text, tmp_path):
+    from llmopt.cli.views import manifest_sections
+    from llmopt.pipeline.loading import snippets
+
+    made = build(made_with(family("llama"), text), tmp_path / "out")
+    words = str(manifest_sections(made, tmp_path / "out", source_bytes=1))
+    assert f"--lora-modules recovered={tmp_path}/out/adapter" in words
+    assert "safetensors + adapter" in words
+    assert "beside its base" in made.exports[0].notes[0]
+    peft, vllm = snippets(made.exports[0], str(tmp_path / "out"), "LlamaForCausalLM")
+    compile(vllm.code, "vllm", "exec")
+    scope = {}
+    exec(peft.code, scope)
+    assert isinstance(scope["model"], PeftModel)
+
+
 class TestRefusals:
     def refused(self, made):
         with pytest.raises(UsageError) as caught:
