@@ -178,8 +178,8 @@ def rounded(args: argparse.Namespace) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     table: dict[str, tuple[Step, ...]] = {
         "gptq": (gptq,),
-        "gptq, distilled": (gptq, Step("distill", learn)),
         "gptq, adapter": (gptq, Step("distill", {**learn, "learning_rate": args.lora_rate, "lora_rank": args.rank})),
+        "gptq, distilled": (gptq, Step("distill", learn)),
     }
     whole = opened(args.model)
     losses, _ = paired(whole, whole, rows)
