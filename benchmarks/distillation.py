@@ -36,6 +36,7 @@ from llmopt.models.text import load_tokenizer
 from llmopt.pipeline.plan import make_plan
 from llmopt.pipeline.run import run_plan
 from machine import describe
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
@@ -85,7 +86,13 @@ def paired(model: Any, whole: Any, rows: Sequence[list[int]]) -> tuple[list[floa
 
 
 def opened(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    """Open a model, with the adapter that lies beside it where there is one."""
+    adapter = folder / "adapter"
+    if not adapter.is_dir():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    unpacked = transformers.CompressedTensorsConfig(dequantize=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=unpacked)
+    return PeftModel.from_pretrained(base, adapter).eval()
 
 
 def windows(folder: Path, data: Path, limit: int) -> list[list[int]]:
@@ -171,6 +178,7 @@ def rounded(args: argparse.Namespace) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     table: dict[str, tuple[Step, ...]] = {
         "gptq": (gptq,),
+        "gptq, adapter": (gptq, Step("distill", {**learn, "learning_rate": args.lora_rate, "lora_rank": args.rank})),
         "gptq, distilled": (gptq, Step("distill", learn)),
     }
     whole = opened(args.model)
@@ -263,6 +271,9 @@ def main() -> None:
             one.add_argument("--sentences", type=Path, required=True)
         else:
             one.add_argument("--data", type=Path, required=True)
+        if name == "rounded":
+            one.add_argument("--rank", type=int, default=16, help="of the adapter that learns over rounded weights")
+            one.add_argument("--lora-rate", type=float, default=2e-3, help="learning rate of the adapter")
         if name == "depth":
             one.add_argument("--layers", type=int, nargs=2, help="remove these; the best pair when left out")
     args = parser.parse_args()

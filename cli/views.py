@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from ..core.adapter import FOLDER
 from ..core.numbers import count, labelled, number, plain, share, size
 from ..passes import PASSES
 from .parameters import parameters, value_text
@@ -16,7 +17,7 @@ from .render import Lines, Pairs, Section, Table
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..core.manifest import ExportRecord, Manifest, PassRecord
+    from ..core.manifest import ExportRecord, Manifest, Parity, PassRecord
     from ..core.plan import Plan
     from ..evaluation.report.document import Report
 
@@ -29,6 +30,12 @@ _LOAD = {
 }
 _PACKED = {"gptq", "gptq_v2", "awq"}
 _LOAD_PACKED = 'vllm.LLM("{path}")'
+_COMPRESSED = {"auto", "compressed-tensors"}
+_LOAD_DEQUANTIZED = (
+    'model = transformers.AutoModel.from_pretrained("{path}", '
+    "quantization_config=transformers.CompressedTensorsConfig(dequantize=True))"
+)
+"""peft adapts layers that have a weight, which packed ones have not."""
 
 
 def plan_sections(plan: Plan) -> list[Section]:
@@ -73,6 +80,7 @@ def manifest_sections(manifest: Manifest, directory: Path, *, source_bytes: int)
         sections.append(Lines("Left out", left))
     sections += export_sections(manifest.exports, directory, source_bytes=source_bytes)
     calls = [_load(record, directory, manifest) for record in manifest.exports]
+    calls += [call for record in manifest.exports for call in _load_adapter(record, directory)]
     return [*sections, Lines("To load it", [call for call in calls if call], code=True)]
 
 
@@ -87,7 +95,7 @@ def export_sections(
         of_source = _of(written, source_bytes) if source_bytes else ""
         rows.append((record.name, folder, str(len(record.files)), f"{size(written)}{of_source}"))
     sections: list[Section] = [Table("Artifacts", ("export", "folder", "files", "size"), rows, frozenset({2}))]
-    checked = [_verification(record) for record in records]
+    checked = [row for record in records for row in _verifications(record)]
     header = ("export", "opened with", "weights", "max diff", "1 - cosine", "mean KL", "top-1", "positions")
     sections.append(Table("Verified", header, checked, frozenset({3, 4, 5, 6, 7})))
     return sections
@@ -156,13 +164,17 @@ def _chosen(kind: str, params: Mapping[str, Any], given: Mapping[str, Any]) -> l
     ]
 
 
-def _verification(record: ExportRecord) -> tuple[str, ...]:
-    parity = record.verification
+def _verifications(record: ExportRecord) -> list[tuple[str, ...]]:
+    rows = [_verification(record.name, record.verification)]
+    return rows if record.adapted is None else [*rows, _verification(f"{record.name} + adapter", record.adapted)]
+
+
+def _verification(name: str, parity: Parity | None) -> tuple[str, ...]:
     if parity is None:
-        return (record.name, "not verified", "-", "-", "-", "-", "-", "-")
+        return (name, "not verified", "-", "-", "-", "-", "-", "-")
     weights = {None: "-", True: "equal", False: "DIFFER"}[parity.weights_equal]
     return (
-        record.name,
+        name,
         parity.runtime,
         weights,
         number(parity.max_difference),
@@ -175,10 +187,22 @@ def _verification(record: ExportRecord) -> tuple[str, ...]:
 
 def _load(record: ExportRecord, directory: Path, manifest: Manifest) -> str:
     call = _LOAD_PACKED if record.params.get("format") in _PACKED else _LOAD.get(record.name, "")
+    if record.adapted is not None and record.params.get("format") in _COMPRESSED:
+        call = _LOAD_DEQUANTIZED
     architecture = str(manifest.source.get("architecture", ""))
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         call = call.replace("AutoModel", "AutoModelForCausalLM")
     return call.format(path=(directory / record.directory).as_posix())
+
+
+def _load_adapter(record: ExportRecord, directory: Path) -> list[str]:
+    if record.adapted is None:
+        return []
+    base = (directory / record.directory).as_posix()
+    served = f"vllm serve {base} --enable-lora --lora-modules recovered={base}/{FOLDER}"
+    if record.params.get("format") in _PACKED:
+        return [served]
+    return [f'peft.PeftModel.from_pretrained(model, "{base}/{FOLDER}")', served]
 
 
 def _skips(skips: Iterable[tuple[str, str]]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from .activations import ActivationGrid, ActivationNumber, QuantizedCache, QuantizedInput
+from .adapter import Adapter
 from .errors import UsageError
 from .facts import ModelFacts
 from .graph import Engine
@@ -30,11 +31,6 @@ class ExportableModel(ModelHandle, Protocol):
     """What an exporter may ask of a model beyond its tensors."""
 
     @property
-    def quantized(self) -> Mapping[str, Grid]:
-        """The quantized layers by checkpoint name (without `.weight`), and the grid of each."""
-        ...
-
-    @property
     def inputs(self) -> Mapping[str, QuantizedInput]:
         """The layers whose inputs are rounded, by checkpoint name, and how."""
         ...
@@ -42,6 +38,15 @@ class ExportableModel(ModelHandle, Protocol):
     @property
     def caches(self) -> Mapping[str, QuantizedCache]:
         """The attention modules whose keys and values are rounded, by module path, and how."""
+        ...
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What layers add to their outputs, kept beside the weights; None where there is no such thing."""
+        ...
+
+    def adapter_tensors(self) -> Mapping[str, Tensor]:
+        """Read the adapter's tensors from disk, under PEFT's names."""
         ...
 
     def quantized_weight(self, name: str) -> QuantizedWeight:
@@ -137,6 +142,18 @@ class Exporter(Generic[P]):
                 where=f"inputs of layers in {inputs}" if inputs else f"keys and values in {cache}",
                 hint="use --export safetensors, or leave the activations in floating point (a scheme such as w8a16)",
             )
+
+    def check_adapter(self) -> None:
+        """Refuse an adapter beside the weights, where the format has no place for one.
+
+        Raises:
+            UsageError: with the nearest that can.
+        """
+        raise UsageError(
+            f"`{self.name}` cannot hold an adapter",
+            where="adapters over quantized layers are not merged, but kept beside them",
+            hint="use --export safetensors, or leave lora_rank out: then the weights themselves learn on their grids",
+        )
 
     def check_grids(self, grids: Collection[Grid]) -> None:
         """Refuse weights on several grids, where the format has no words for that.

@@ -81,13 +81,17 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """An export, the passes on its graph, and its verification."""
+    """An export, the passes on its graph, and its verification.
+
+    `adapted` is that of base and adapter together, where the artifact has an adapter; `verification` is the base's.
+    """
 
     name: str
     directory: str
     params: dict[str, Any]
     notes: list[str]
     verification: Parity | None
+    adapted: Parity | None = None
     passes: list[PassRecord] = []
     files: dict[str, FileRecord]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .activations import QuantizedCache, QuantizedInput
-    from .quantized import QuantizedWeight
+    from .quantized import Grid, QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +306,11 @@ class ModelHandle(Protocol):
         """The outline, as the passes so far have left it."""
         ...
 
+    @property
+    def quantized(self) -> Mapping[str, Grid]:
+        """The quantized layers by checkpoint name (without `.weight`), and the grid of each."""
+        ...
+
     def cast(self, dtype: str) -> ModelHandle:
         """Return the model with all floating-point weights stored in `dtype`."""
         ...
@@ -463,6 +468,19 @@ class ModelHandle(Protocol):
         Raises:
             LlmoptError: a parameter is made of several checkpoint tensors in a way that cannot be undone, or a value
                 does not fit into its dtype.
+        """
+        ...
+
+    def with_adapter(self, factors: Mapping[str, tuple[Tensor, Tensor]], *, alpha: int) -> ModelHandle:
+        """Return the model with a LoRA adapter beside its weights, which stay as they are.
+
+        Args:
+            factors: `down`, (rank, in_features), and `up`, (out_features, rank), float32, by the path of a module of
+                `materialize()`; all of one rank.
+            alpha: the scale of the adapter times its rank.
+
+        Raises:
+            UsageError: a module is no linear layer.
         """
         ...
 

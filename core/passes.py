@@ -192,6 +192,13 @@ class Pass(Generic[P]):
         """Return what the pass makes keys and values be rounded to, None if it leaves them as they are."""
         return None
 
+    def keeps_adapter(self, earlier: Sequence[Pass[Any]]) -> bool:  # noqa: ARG002
+        """Return whether the pass leaves an adapter beside the weights, where `earlier` come before it.
+
+        No pass may come after one that does: the adapter fits the weights as they are.
+        """
+        return False
+
     def ignored(self) -> tuple[str, ...]:
         """Return the patterns of layers that the pass leaves alone."""
         return ()

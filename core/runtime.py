@@ -34,6 +34,14 @@ class Session:
         """
         raise NotImplementedError
 
+    def adapt(self, adapter: Path) -> None:
+        """Load a folder of PEFT's beside the model: from now on it computes with the adapter.
+
+        Raises:
+            LlmoptError: it does not load.
+        """
+        raise NotImplementedError
+
     def close(self) -> None:
         """Free what the session holds."""
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from msgspec import Meta
 
 from ..core.activations import ActivationGrid, ActivationNumber
+from ..core.adapter import FOLDER
 from ..core.errors import LlmoptError, UsageError
 from ..core.exports import ExportableModel, ExportContext, Exporter, ExportResult
 from ..core.facts import ModelFacts
 from ..core.params import Params
 from ..core.quantized import Grid, QuantizedWeight
+from .adapter_folder import same_adapter, write_adapter
 from .layouts import LAYOUTS
 from .layouts.layout import Layout, grids_refusal
 from .shards import ShardWriter, TensorSpec
@@ -42,7 +44,8 @@ class Safetensors(Exporter[SafetensorsParams]):
     """A Hugging Face folder; quantized weights as compressed-tensors, GPTQ or AWQ.
 
     transformers opens plain and compressed-tensors folders. GPTQ and AWQ folders, for which it needs the package
-    gptqmodel, are opened by llmopt's own reader of the packed codes.
+    gptqmodel, are opened by llmopt's own reader of the packed codes. An adapter that learnt over quantized layers goes
+    to the folder `adapter`, as peft, vLLM and TGI load it.
     """
 
     name = "safetensors"
@@ -79,6 +82,9 @@ class Safetensors(Exporter[SafetensorsParams]):
                 raise refused
         else:
             super().check_activations(grids, inputs, cache)
+
+    def check_adapter(self) -> None:
+        """Take it: it has a folder of its own."""
 
     def check_grids(self, grids: Collection[Grid]) -> None:
         """Refuse several grids in a layout that has words for one."""
@@ -122,7 +128,20 @@ class Safetensors(Exporter[SafetensorsParams]):
             for name, tensor in others.items():
                 writer.write(name, tensor)
         model.save_side_files(directory, config_changes=changes)
-        return ExportResult(notes=layout.notes(model) if layout is not None else [])
+        result = ExportResult(notes=layout.notes(model) if layout is not None else [])
+        if model.adapter is not None:
+            (directory / FOLDER).mkdir()
+            write_adapter(directory / FOLDER, model.adapter_tensors(), model.adapter.config())
+            result.notes.append(
+                f"an adapter of rank {model.adapter.rank} lies in `{FOLDER}`, beside its base: without it the artifact "
+                "is the quantized model as it was before it learnt, whose answers `llmopt verify` compares"
+            )
+        return result
+
+    def adapter_equal(self, model: ExportableModel, directory: Path) -> bool:
+        """Read the adapter back and compare it with the model's, bit for bit."""
+        assert model.adapter is not None, "asked for where there is one"
+        return same_adapter(directory / FOLDER, model.adapter_tensors(), model.adapter.config())
 
     def weights_equal(self, model: ExportableModel, directory: Path) -> bool | None:
         """Unpack every quantized layer and compare codes, scales and zero points bit for bit.

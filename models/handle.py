@@ -11,10 +11,13 @@ from typing import Any
 
 import msgspec
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..core.activations import QuantizedCache, QuantizedInput
+from ..core.adapter import Adapter, names
 from ..core.errors import LlmoptError, UsageError
 from ..core.facts import ModelFacts
 from ..core.model import Channels, Linear, Rotation, RotationReport, WidthKind
@@ -39,6 +42,7 @@ class TorchModel:
         store: the layers that passes have quantized.
         dtype: the dtype floating-point tensors are cast to; None leaves each as it is.
         untied: whether the head has a weight of its own although config.json of the source ties it.
+        adapter: what layers add to their outputs, kept beside the weights.
     """
 
     location: Location
@@ -47,6 +51,7 @@ class TorchModel:
     store: WorkStore
     dtype: str | None = None
     untied: bool = False
+    adapter: Adapter | None = None
 
     @classmethod
     def create(cls, location: Location, checkpoint: Checkpoint, facts: ModelFacts, work: Path) -> TorchModel:
@@ -305,6 +310,32 @@ class TorchModel:
             turned = {linear} if self.stored_transposed(layer) else set[Linear]()
             made.store.put(layer, {linear: weight}, transposed=turned)
         return made
+
+    def with_adapter(self, factors: Mapping[str, tuple[Tensor, Tensor]], *, alpha: int) -> TorchModel:
+        """Return the model with a LoRA adapter beside its weights; see `core.model.ModelHandle`."""
+        modules = dict(self.skeleton().model.named_modules())
+        other = next((path for path in factors if not isinstance(modules[path], nn.Linear | Conv1D)), None)
+        if other is not None:
+            raise UsageError(
+                f"`{other}` takes no adapter that could be kept beside the weights",
+                where=f"it is no linear layer, but a {type(modules[other]).__name__}",
+                hint="name linear layers with `lora_targets`",
+            )
+        path = self.store.folder / "adapter.safetensors"
+        tensors = {name: one for layer, pair in factors.items() for name, one in zip(names(layer), pair, strict=True)}
+        save_file(tensors, path)
+        adapter = Adapter(
+            file=str(path),
+            layers=tuple(factors),
+            rank=next(len(down) for down, _ in factors.values()),
+            alpha=alpha,
+            transposed=any(isinstance(modules[layer], Conv1D) for layer in factors),
+        )
+        return replace(self, adapter=adapter)
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Read the adapter's tensors from disk, under PEFT's names; none where there is no adapter."""
+        return {} if self.adapter is None else load_file(self.adapter.file)
 
     def _checkpoint_of(self, read: Callable[[str], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
         """Yield every checkpoint tensor, taken from the parameter that is made of it where `read` knows that one."""

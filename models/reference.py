@@ -7,8 +7,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..core.adapter import Adapter, names
 from ..core.errors import LlmoptError
 from .handle import TorchModel
 from .outside import outside_on_demand
@@ -18,6 +20,37 @@ from .skeleton import BlockSite, Skeleton
 def reference_outputs(model: TorchModel, inputs: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Run the model as the passes left it; see `streamed_outputs`."""
     return streamed_outputs(model.skeleton(), model.widened, inputs)
+
+
+def adapted_outputs(
+    model: TorchModel, inputs: Sequence[dict[str, Tensor]], *, read: Callable[[str], Tensor] | None = None
+) -> list[dict[str, Tensor]]:
+    """Run the model with the adapter beside its weights; see `streamed_outputs`.
+
+    Args:
+        model: it has an adapter.
+        inputs: batches by input name.
+        read: gives a checkpoint tensor by name; those of the model when left out.
+    """
+    assert model.adapter is not None, "asked for where there is one"
+    skeleton = model.skeleton()
+    with adapted(skeleton.model, model.adapter):
+        return streamed_outputs(skeleton, read or model.widened, inputs)
+
+
+@contextmanager
+def adapted(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """Let the layers of a model add what an adapter says; its tensors are in memory while a layer computes."""
+    with ExitStack() as stack:
+        file = stack.enter_context(safe_open(adapter.file, framework="pt"))
+        for layer in adapter.layers:
+
+            def add(_: nn.Module, arguments: Any, output: Tensor, layer: str = layer) -> Tensor:
+                down, up = (file.get_tensor(name) for name in names(layer))
+                return output + adapter.scale * (arguments[0] @ down.T) @ up.T
+
+            stack.callback(model.get_submodule(layer).register_forward_hook(add).remove)
+        yield
 
 
 def streamed_outputs(

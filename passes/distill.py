@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
@@ -10,7 +11,7 @@ from ..core.errors import UsageError
 from ..core.facts import ModelFacts
 from ..core.model import ModelHandle
 from ..core.params import Params
-from ..core.passes import ModelPass, Need, PassContext, PassResult
+from ..core.passes import ModelPass, Need, Pass, PassContext, PassResult
 from ..core.target import Target
 from ..core.text import TextRequest
 
@@ -119,7 +120,10 @@ class DistillParams(Params, frozen=True, kw_only=True):
     checkpoint_every: Annotated[int, Meta(ge=1, description="Steps between checkpoints.")] = 100
     lora_rank: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="Learn adapters of this rank alone, and merge them at the end; all weights when left out."),
+        Meta(
+            description="Learn adapters of this rank alone; they are merged at the end, or, over quantized "
+            "layers, kept beside the model. All weights learn when left out."
+        ),
     ] = None
     lora_alpha: Annotated[
         Annotated[int, Meta(ge=1)] | None, Meta(description="Scale of the adapters; twice the rank when left out.")
@@ -162,11 +166,13 @@ def has_logits(facts: ModelFacts) -> bool:
 class Distill(ModelPass[DistillParams]):
     """Let the model learn from its teacher: win back what earlier passes took (Hinton et al., 2015).
 
-    The student is the model as the passes before this one left it, the teacher the model before them, or one that is
-    named. Layers that an earlier pass quantized learn on their grids, straight through rounding: what is trained is
-    what is exported. The whole runs through accelerate: `accelerate launch --multi_gpu -m llmopt …` with the same
-    arguments trains on several processes and machines. Dropout is off. The state with the least loss on held-out rows
-    is the result; if none is better than the untrained student, that one stays.
+    The student is the model as the passes before this one left it, the teacher the model before them, or one that
+    is named. Layers that an earlier pass quantized learn on their grids, straight through rounding: what is trained
+    is what is exported. With `lora_rank` adapters learn over them instead (Dettmers et al., 2023, QLoRA) and are
+    kept beside the model, in the artifact's folder `adapter`. The whole runs through accelerate: `accelerate launch
+    --multi_gpu -m llmopt …` with the same arguments trains on several processes and machines. Dropout is off. The
+    state with the least loss on held-out rows is the result; if none is better than the untrained student, that one
+    stays.
     """
 
     name = "distill"
@@ -191,6 +197,10 @@ class Distill(ModelPass[DistillParams]):
     def trains(self) -> bool:
         """Return that several processes can share the work."""
         return True
+
+    def keeps_adapter(self, earlier: Sequence[Pass[Any]]) -> bool:
+        """Return whether adapters learn over quantized layers, with which they cannot be merged."""
+        return self.params.lora_rank is not None and any(one.grid() is not None for one in earlier)
 
     def text(self, facts: ModelFacts) -> TextRequest:
         """Return the rows that the steps can use."""

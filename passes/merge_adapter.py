@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
+from ..core.adapter import CONFIG, PREFIX, WEIGHTS
 from ..core.errors import LlmoptError, UsageError
 from ..core.facts import ModelFacts
 from ..core.model import ModelHandle
@@ -19,8 +20,6 @@ from ..core.untrusted import MAX_JSON, parse_json, read_json
 if TYPE_CHECKING:
     from peft import PeftModel
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _HEADER_LENGTH = 8
 
 
@@ -58,7 +57,7 @@ class Adapter:
 
     def layers(self) -> dict[str, tuple[int, int]]:
         """Return (out_features, in_features) of the layers that it changes, by the path of their module."""
-        ends = {name.removeprefix(_PREFIX): shape for name, shape in self.shapes.items()}
+        ends = {name.removeprefix(PREFIX): shape for name, shape in self.shapes.items()}
         return {
             path: (ends[f"{path}.lora_B.weight"][0], shape[1])
             for name, shape in ends.items()

@@ -9,22 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from ..core.errors import LlmoptError, UsageError
+from ..core.adapter import names, peft_config
+from ..core.errors import UsageError
 from ..core.manifest import MANIFEST
 from ..core.progress import Reporter
 from ..core.recipe import ModelSpec
+from ..exporters.adapter_folder import write_adapter
 from ..models.checkpoint import Checkpoint
 from ..models.handle import TorchModel
 from ..models.locate import locate
 from ..models.outline import outline
 from ..passes.numerics.low_rank import factors
 from .output import file_records, readable, staging
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,9 @@ def extract_adapter(
         skipped = _others(new, old, {f"{layer.name}.weight" for layer in layers})
         for name in skipped:
             reporter.warn(f"`{name}` differs too, and no adapter of linear layers holds it")
-        _write(stage.root, tensors, list(errors), base.id, rank, transposed=any(layer.transposed for layer in layers))
+        transposed = any(layer.transposed for layer in layers)
+        config = peft_config(list(errors), rank=rank, alpha=rank, transposed=transposed, base=base.id)
+        write_adapter(stage.root, tensors, config)
         report: dict[str, Any] = {
             "layers_count": len(errors),
             "rank_count": rank,
@@ -144,8 +144,7 @@ def _extract(layer: _Layer, new: TorchModel, old: TorchModel, rank: int, tensors
     if layer.transposed:
         difference = difference.T
     up, down, error = factors(difference, rank)
-    tensors[f"{_PREFIX}{layer.path}.lora_A.weight"] = down
-    tensors[f"{_PREFIX}{layer.path}.lora_B.weight"] = up
+    tensors |= dict(zip(names(layer.path), (down, up), strict=True))
     return error
 
 
@@ -157,28 +156,3 @@ def _others(new: TorchModel, old: TorchModel, layers: set[str]) -> list[str]:
         for name in shared
         if name not in old.checkpoint.tensors or not torch.equal(new.read(name).float(), old.read(name).float())
     ]
-
-
-def _write(
-    folder: Path, tensors: dict[str, Tensor], paths: list[str], base: str, rank: int, *, transposed: bool
-) -> None:
-    """Write the folder that peft, vLLM and TGI load, and read it again."""
-    config = {
-        "base_model_name_or_path": base,
-        "bias": "none",
-        "fan_in_fan_out": transposed,
-        "inference_mode": True,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": paths,
-        "task_type": None,
-    }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    again = load_file(folder / WEIGHTS)
-    if not all(torch.equal(again[name], tensor) for name, tensor in tensors.items()):
-        raise LlmoptError(
-            f"`{folder / WEIGHTS}` does not hold what was written", hint="check the disk, and run it again"
-        )

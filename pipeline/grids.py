@@ -12,7 +12,7 @@ from ..core.errors import UsageError
 from ..core.facts import LinearFacts, ModelFacts
 from ..core.passes import AllocationPass
 from ..core.quantized import Grid
-from .steps import AnyExporter, AnyPass
+from .steps import AnyExporter, AnyPass, adapter_keeper
 
 
 def layers_by_grid(passes: Sequence[AnyPass], facts: ModelFacts) -> dict[Grid, list[LinearFacts]]:
@@ -31,7 +31,7 @@ def layers_by_grid(passes: Sequence[AnyPass], facts: ModelFacts) -> dict[Grid, l
 
 
 def check_exports(exporters: Sequence[AnyExporter], passes: Sequence[AnyPass], facts: ModelFacts) -> None:
-    """Ask every exporter whether it can hold every grid, with the layers that are put on it.
+    """Ask every exporter whether it can hold every grid, with the layers that are put on it, and an adapter.
 
     Raises:
         UsageError: one cannot.
@@ -41,6 +41,8 @@ def check_exports(exporters: Sequence[AnyExporter], passes: Sequence[AnyPass], f
     for exporter in exporters:
         if not by_grid:
             exporter.check(facts, None)
+        if adapter_keeper(passes) is not None:
+            exporter.check_adapter()
         exporter.check_grids(by_grid)
         exporter.check_activations(by_grid, input_grid(passes), cache_number(passes))
         for grid, linears in by_grid.items():

@@ -196,12 +196,12 @@ def compare(
         # Of a graph's source, reading back asks for what torch passes quantized, which is nothing.
         exported = cast("ExportableModel", model)
         weights_equal = exporter.weights_equal(exported, directory, rounded=rounded)
-        answers = _opened(runtime, directory, reference)
+        answers = opened(runtime, directory, reference)
     elif isinstance(model, GraphSource):
-        weights_equal, answers = None, _opened(runtime, directory, reference)
+        weights_equal, answers = None, opened(runtime, directory, reference)
     elif runtime.name != "transformers" or model.facts.parameters * 4 <= WHOLE_BYTES:
         weights_equal = exporter.weights_equal(model, directory)
-        answers = _opened(runtime, directory, reference)
+        answers = opened(runtime, directory, reference)
     elif same_weights(model, directory):
         # The modules are transformers' own in either case: the same weights give the same answers.
         version = f"{version}, weight by weight"
@@ -221,10 +221,12 @@ def compare(
     )
 
 
-def _opened(runtime: Runtime, directory: Path, reference: Reference) -> Iterator[Arrays]:
-    """Open the artifact as its users do, and yield its answers."""
+def opened(runtime: Runtime, directory: Path, reference: Reference, *, adapter: Path | None = None) -> Iterator[Arrays]:
+    """Open the artifact as its users do, with the adapter in a folder if one is given, and yield its answers."""
     session = runtime.open(directory, threads=threads())
     try:
+        if adapter is not None:
+            session.adapt(adapter)
         for inputs in reference.inputs:
             arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
             yield real_only(arrays, session.outputs(arrays))

@@ -229,6 +229,7 @@ def _export(record: ExportRecord, manifest: Manifest, root: Path, path: str, war
         notes=record.notes,
         verification=None if record.verification is None else msgspec.to_builtins(record.verification),
         load=snippets(record, where, str(manifest.source.get("architecture", ""))),
+        adapted=None if record.adapted is None else msgspec.to_builtins(record.adapted),
     )
 
 

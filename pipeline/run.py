@@ -30,6 +30,7 @@ from ..models.handle import TorchModel
 from ..models.locate import Location, locate
 from ..models.onnx_file import GraphSource
 from ..models.text import load_tokenizer
+from .adapted import compare_adapted
 from .background import in_background
 from .blocks_done import BlocksDone
 from .card import CARD, license_of, write_card
@@ -336,6 +337,7 @@ def _run_exports(
         title = f"verifying {exporter.name} in {exporter.opened_in()}"
         with recorder.step(f"verify {exporter.name}"), reporter.step(title, 1) as step:
             parity = compare(exporter, model, directory, reference, drop=drop, rounded=result.rounded)
+            adapted = compare_adapted(exporter, model, directory, reference)
             step.advance(detail=in_words(parity))
         records.append(
             ExportRecord(
@@ -344,6 +346,7 @@ def _run_exports(
                 params=msgspec.to_builtins(exporter.params),
                 notes=result.notes,
                 verification=parity,
+                adapted=adapted,
                 passes=[_pass_record(one, made) for one, made in zip(applied, results, strict=True)],
                 files=files(),
             )
@@ -379,18 +382,25 @@ def in_words(parity: Parity) -> str:
 
 
 def judged(record: ExportRecord) -> str:
-    """Return the figures of an export, and what is allowed, in a line."""
-    parity = record.verification
-    assert parity is not None
+    """Return the figures of an export, and what is allowed, in a line; one more where it has an adapter."""
+    beside = {record.name: record.verification, f"{record.name} with its adapter": record.adapted}
+    return "\n".join(_judged(name, parity) for name, parity in beside.items() if parity is not None)
+
+
+def _judged(name: str, parity: Parity) -> str:
     limits = {"mean_kl": "mean KL"}
     allowed = ", ".join(
-        f"{limits.get(name, name.replace('_', ' '))} {limit:g}" for name, limit in parity.tolerance.items()
+        f"{limits.get(key, key.replace('_', ' '))} {limit:g}" for key, limit in parity.tolerance.items()
     )
-    return f"{record.name} in {parity.runtime}: {in_words(parity)}; allowed {allowed}"
+    return f"{name} in {parity.runtime}: {in_words(parity)}; allowed {allowed}"
 
 
 def _refuse_unmet(exports: Sequence[ExportRecord], stage: Staging, output: Path) -> None:
-    unmet = [record for record in exports if record.verification is not None and not record.verification.passed]
+    unmet = [
+        record
+        for record in exports
+        if any(parity is not None and not parity.passed for parity in (record.verification, record.adapted))
+    ]
     if not unmet:
         return
     failed = stage.set_aside()

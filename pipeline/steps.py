@@ -27,29 +27,7 @@ def passes_of(recipe: Recipe) -> list[AnyPass]:
     for index, step in enumerate(recipe.passes):
         where = f"pass {index + 1} of {len(recipe.passes)}, `{step.name}`"
         made = PASSES.load(step.name, where=where)
-        for earlier in passes:
-            if earlier.name in made.not_after:
-                raise UsageError(
-                    f"`{step.name}` cannot come after `{earlier.name}`",
-                    where=where,
-                    hint=f"put `{step.name}` first"
-                    if step.name != earlier.name
-                    else f"keep one of the two `{step.name}`",
-                )
-        fitted = next((earlier for earlier in passes if _rounds(earlier)), None)
-        if made.before_rounding and fitted is not None:
-            raise UsageError(
-                f"`{step.name}` cannot come after `{fitted.name}`",
-                where=f"{where}: it changes weights, and `{fitted.name}` has found grids or scales for what they were",
-                hint=f"put `{step.name}` first",
-            )
-        graph = next((earlier for earlier in passes if isinstance(earlier, GraphPass)), None)
-        if graph is not None and not issubclass(made, GraphPass):
-            raise UsageError(
-                f"`{step.name}` cannot come after `{graph.name}`",
-                where=f"{where}: it works on the model's weights, `{graph.name}` on the graph that is traced from them",
-                hint=f"put `{step.name}` first",
-            )
+        _check_order(made, passes, where)
         built = made(_params(step, made.Params, where))
         if built.input_grid() is not None and not any(earlier.grid() is not None for earlier in passes):
             raise UsageError(
@@ -68,6 +46,32 @@ def passes_of(recipe: Recipe) -> list[AnyPass]:
         if isinstance(one, SurveyPass):
             one.prepare(passes[index + 1 :])
     return passes
+
+
+def _check_order(made: type[AnyPass], passes: Sequence[AnyPass], where: str) -> None:
+    """Refuse a pass that cannot come after those before it."""
+    name = made.name
+    earlier = next((one.name for one in passes if one.name in made.not_after), None)
+    if earlier is not None:
+        first = f"put `{name}` first" if name != earlier else f"keep one of the two `{name}`"
+        raise UsageError(f"`{name}` cannot come after `{earlier}`", where=where, hint=first)
+    graph = next((one.name for one in passes if isinstance(one, GraphPass)), None)
+    fitted = next((one.name for one in passes if _rounds(one)), None)
+    keeper = adapter_keeper(passes)
+    if made.before_rounding and fitted is not None:
+        earlier, why = fitted, f"it changes weights, and `{fitted}` has found grids or scales for what they were"
+    elif graph is not None and not issubclass(made, GraphPass):
+        earlier, why = graph, f"it works on the model's weights, `{graph}` on the graph that is traced from them"
+    elif keeper is not None:
+        earlier, why = keeper.name, f"`{keeper.name}` leaves an adapter beside the weights, which fits no others"
+    else:
+        return
+    raise UsageError(f"`{name}` cannot come after `{earlier}`", where=f"{where}: {why}", hint=f"put `{name}` first")
+
+
+def adapter_keeper(passes: Sequence[AnyPass]) -> AnyPass | None:
+    """Return the pass that leaves an adapter beside the weights, None if none does."""
+    return next((one for index, one in enumerate(passes) if one.keeps_adapter(passes[:index])), None)
 
 
 def exporters_of(recipe: Recipe) -> list[AnyExporter]:

@@ -87,7 +87,7 @@ def _check_answers(root: Path, record: ExportRecord, manifest: Manifest, reporte
         try:
             if not kept.is_file() or record.verification is None:
                 reporter.note(f"{record.name}: opened; no answers are kept for {manifest.source['architecture']}")
-                return msgspec.structs.replace(record, verification=None)
+                return msgspec.structs.replace(record, verification=None, adapted=None)
             parity = check_fingerprint(
                 kept, session, runtime=runtime.version(), tolerance=record.verification.tolerance
             )
@@ -96,4 +96,6 @@ def _check_answers(root: Path, record: ExportRecord, manifest: Manifest, reporte
         finally:
             session.close()
         step.advance()
-    return msgspec.structs.replace(record, verification=parity)
+    if record.adapted is not None:
+        reporter.note(f"{record.name}: the adapter's files are as they were written; the kept answers are the base's")
+    return msgspec.structs.replace(record, verification=parity, adapted=None)

@@ -62,6 +62,18 @@ class TransformersSession(Session):
             )
         return made[0, len(prompt) :].tolist()
 
+    def adapt(self, adapter: Path) -> None:
+        """Load a folder with peft; see `core.runtime.Session`."""
+        from peft import PeftModel
+
+        try:
+            adapted = PeftModel.from_pretrained(self.model, str(adapter), torch_device="cpu", use_safetensors=True)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise LlmoptError(
+                f"peft does not load `{adapter}`", where=f"{type(error).__name__}: {error}"[:2000]
+            ) from error
+        self.model = adapted.get_base_model().eval()  # its layers are adapted in place
+
     def close(self) -> None:
         """Free the model."""
         self.model = None

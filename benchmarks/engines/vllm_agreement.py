@@ -4,7 +4,8 @@
     python benchmarks/engines/vllm_agreement.py [MODEL ...] [--data FILE] [--only NAME ...] [--markdown FILE]
 
 Each artifact is built by `llmopt run` (rtn, so no calibration), loaded in vLLM, and continues 20 prompts by 32 tokens.
-The reference is the same quantized model, dequantized (format plain), in transformers, in float32; where the artifact
+The reference is the same quantized model, dequantized (format plain), in transformers, in float32, with the artifact's
+adapter in peft where it has one ("without" in the JSON: same tokens as the reference without it); where the artifact
 says that activations are rounded, the artifact itself there, which rounds them too. For those there is a second
 reference, which rounds as the engine's kernels do (vllm_arithmetic.py): what it explains is the engine's own way.
 
@@ -58,6 +59,7 @@ class Case:
     grid: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] | None = None
     cache: str | None = None
+    adapter: bool = False
 
     @property
     def rounds(self) -> bool:
@@ -119,7 +121,13 @@ CASES = [
         for dtype in ("float16", "bfloat16")
     ),
     Case("compressed-tensors w4 channel, float16", "compressed-tensors", "float16", w(4, "channel")),
+    Case("plain w3 g32 + adapter", "plain", "float32", w(3, 32), adapter=True),
+    Case("compressed-tensors w4 g32 + adapter, float16", "compressed-tensors", "float16", w(4, 32), adapter=True),
+    Case("gptq w4 g32 + adapter", "gptq", "float16", w(4, 32), adapter=True),
+    Case("compressed-tensors w3 g32 + adapter, float16", "compressed-tensors", "float16", w(3, 32), adapter=True),
 ]
+LEARN = {"length": 128, "steps": 20, "learning_rate": 3e-3, "lora_rank": 16}
+"""How an adapter learns over the rounded layers; long enough to change tokens."""
 
 
 def build(model: Path, case: Case, folder: Path, data: Path) -> None:
@@ -128,6 +136,7 @@ def build(model: Path, case: Case, folder: Path, data: Path) -> None:
     passes += [Step("rtn", case.grid)] if case.grid else []
     passes += [Step("quantize-activations", case.inputs)] if case.inputs is not None else []
     passes += [Step("quantize-kv", {"number": case.cache})] if case.cache is not None else []
+    passes += [Step("distill", {"data": str(data), **LEARN})] if case.adapter else []
     calibration = CalibrationSpec(data=str(data), samples=16, length=128) if case.rounds else None
     for name, format_ in (("artifact", case.format), *(() if case.rounds else (("plain", "plain"),))):
         exports = (Step("safetensors", {"format": format_}),)
@@ -197,6 +206,7 @@ def engine(artifact: Path, prompts: list[list[int]], dtype: str, scratch: Path) 
     out.unlink(missing_ok=True)
     script = Path(__file__).with_name("vllm_generate.py")
     command = [ENGINE, script, artifact, "--prompts", given, "--out", out, "--dtype", dtype]
+    command += ["--adapter", artifact / "adapter"] if (artifact / "adapter").is_dir() else []
     with log.open("w") as stream:
         code = subprocess.run(list(map(str, command)), stdout=stream, stderr=stream, check=False, env=_env()).returncode
     if out.is_file():
@@ -210,6 +220,7 @@ def _env() -> dict[str, str]:
 
 def measure(model: Path, case: Case, prompts: list[list[int]], folder: Path) -> dict[str, Any]:
     """Generate from one artifact and compare."""
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     answer = engine(folder / "artifact", prompts, case.dtype, folder)
@@ -220,6 +231,9 @@ def measure(model: Path, case: Case, prompts: list[list[int]], folder: Path) -> 
         reference = load(folder / "artifact").model
     else:
         reference = AutoModelForCausalLM.from_pretrained(folder / "plain", dtype=torch.float32).eval()
+        if case.adapter:
+            row["without"] = compare(reference, prompts, answer)["same"]
+            reference = PeftModel.from_pretrained(reference, folder / "plain" / "adapter").eval()
     row |= compare(reference, prompts, answer)
     if case.rounds:
         row["simulated"] = compare(simulate(folder / "artifact"), prompts, answer) | {

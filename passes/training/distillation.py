@@ -10,6 +10,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from ...core.adapter import PREFIX
 from ...core.errors import LlmoptError, UsageError
 from ...core.passes import PassResult
 from ...core.processes import is_main, world_size
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _UNITS = {"hidden": "ratio", "cosine": "distance"}
 _DROPOUTS = ("attention_dropout", "dropout", "activation_dropout", "dropout_prob", "classifier_dropout")
 _BETAS = (0.9, 0.95)
+_DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
 _NOT_OF_THE_RUN = frozenset({"checkpoint", "checkpoint_every", "cache"})
 """Parameters that do not change what is learnt."""
 
@@ -60,13 +62,7 @@ def _distill(
     facts = model.facts
     losses = frozenset(params.losses(facts))
     result = PassResult()
-    on_grid = len(model.quantized_parameters())
-    if on_grid and params.lora_rank:
-        raise UsageError(
-            "adapters cannot be merged into a quantized student",
-            where=f"pass `distill`: {on_grid} layers lie on grids, and would leave them",
-            hint="leave lora_rank out: the weights themselves learn on their grids",
-        )
+    on_grid = len(model.quantized)
     ids, shared = _shared_tokens(params, context, result)
     rows = _known_rows(text.rows, ids, result, "rows")
     held_out = _known_rows(text.held_out, ids, result, "held-out rows")
@@ -133,7 +129,11 @@ def _distill(
             f"`{best}` is missing", where="pass `distill`", hint="remove the checkpoint's folder; the run starts anew"
         )
     state = read_state(best)
-    if params.lora_rank:
+    if params.lora_rank and on_grid:
+        made = model.with_adapter(_factors(state), alpha=_alpha(params))
+        result.metrics["adapted_layers_count"] = len(state) // 2
+        result.notes.append(f"{len(state) // 2} adapters are kept beside the weights, of which {on_grid} are quantized")
+    elif params.lora_rank:
         made = model.with_parameters(_merged(model, params, state))
     else:
         made = model.with_parameters(state.get, quantized=learnt_weight(model, state) if on_grid else None)
@@ -172,11 +172,16 @@ def _release(accelerator: Accelerator) -> None:
 
 
 def _student(model: ModelHandle, params: DistillParams) -> nn.Module:
-    """Return the student in float32, ready to learn: no dropout, and adapters where only they are to learn."""
+    """Return the student in float32, ready to learn: no dropout, and adapters where only they are to learn.
+
+    Below adapters quantized layers are dequantized once, and no gradient reaches them.
+    """
     student = model.materialize()
     without_dropout(student)
     if params.lora_rank:
         student = with_adapters(student, params)
+        if model.quantized:
+            _check_linear(student)
     else:
         student.requires_grad_(True)
         put_on_grids(student, model, scales=params.learn_scales)
@@ -202,9 +207,7 @@ def with_adapters(student: Any, params: DistillParams) -> Any:
 
     assert params.lora_rank is not None
     targets: Any = list(params.lora_targets) or "all-linear"
-    config = LoraConfig(
-        r=params.lora_rank, lora_alpha=params.lora_alpha or 2 * params.lora_rank, target_modules=targets
-    )
+    config = LoraConfig(r=params.lora_rank, lora_alpha=_alpha(params), target_modules=targets)
     try:
         return get_peft_model(student, config)
     except ValueError as error:
@@ -213,6 +216,28 @@ def with_adapters(student: Any, params: DistillParams) -> Any:
             where=f"pass `distill`: {str(error).splitlines()[0][:200]}",
             hint="name layers as the model calls them with `lora_targets`, such as q_proj",
         ) from None
+
+
+def _alpha(params: DistillParams) -> int:
+    assert params.lora_rank is not None
+    return params.lora_alpha or 2 * params.lora_rank
+
+
+def _check_linear(student: nn.Module) -> None:
+    """Refuse adapters of other layers than linear ones, before they learn: engines load no others beside a base."""
+    for name, one in student.named_parameters():
+        if one.requires_grad and not (name.endswith((_DOWN, _UP)) and one.ndim == 2):
+            raise UsageError(
+                f"the adapter of `{name.removeprefix(PREFIX).partition('.lora_')[0]}` cannot be kept beside the model",
+                where="pass `distill`: it is no linear layer",
+                hint="name linear layers with `lora_targets`",
+            )
+
+
+def _factors(state: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the learnt matrices `down` and `up` by the path of their module."""
+    paths = [name.removesuffix(_DOWN).removeprefix(PREFIX) for name in state if name.endswith(_DOWN)]
+    return {path: (state[f"{PREFIX}{path}{_DOWN}"], state[f"{PREFIX}{path}{_UP}"]) for path in paths}
 
 
 def _merged(model: ModelHandle, params: DistillParams, state: dict[str, Tensor]) -> Any:

@@ -151,11 +151,8 @@ def test_a_run_goes_on_where_it_was(family, text, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_adapters_and_other_numbers_are_refused(family, text, tmp_path):
+def test_other_numbers_are_refused(family, text, tmp_path):
     learn = {"data": str(text), **LEARN}
-    rtn = ("rtn", {"bits": 4, "group_size": 32})
-    with pytest.raises(UsageError, match="adapters cannot be merged"):
-        build(recipe(family("llama"), rtn, ("distill", {**learn, "lora_rank": 2})), tmp_path / "out")
     with pytest.raises(UsageError, match="cannot learn on its grid"):
         build(recipe(family("llama"), ("rtn", {"number": "fp8"}), ("distill", learn)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
