@@ -1,10 +1,12 @@
-"""The document that a report is made of: plain data, printed by `--json`; the page shows no number that is not in it."""
+"""The document that a report is made of: plain data. The page shows no number that is not in it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import msgspec
+
+from ...core.manifest import RunRecord
 
 _Record = dict[str, Any]
 
@@ -165,7 +167,7 @@ class ArtifactEntry(msgspec.Struct, frozen=True, kw_only=True):
     exports: list[ExportEntry]
     size_path: list[PathStep]
     maps: list[LayerMap]
-    run: _Record | None
+    run: RunRecord | None
     evaluations: list[Evaluation]
     speeds: list[Speed]
     versions: dict[str, str]
