@@ -39,8 +39,9 @@ class Measured:
                 path=str(one["path"]),
                 export=export,
                 runtime=str(one.get("runtime", "")),
-                data=str(one.get("data", "")),
-                figures=_intervals(one),
+                data=", ".join(str(one[key]) for key in ("task", "data") if one.get(key)),
+                confidence=one["confidence"] if _is_number(one.get("confidence")) else 0.95,
+                figures=_metrics(one) or _intervals(one),
             )
             for one in self.evals
             for export in _whose(str(one["path"]), root, manifest)
@@ -140,6 +141,25 @@ def _whose(path: str, root: Path, manifest: Manifest) -> list[str | None]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _metrics(document: _Record) -> dict[str, Interval]:
+    """Return the figures of a document that lists metrics with intervals of their own, and those of the source."""
+    found: dict[str, Interval] = {}
+    rows = document.get("metrics")
+    for row in cast("list[Any]", rows) if isinstance(rows, list) else []:
+        if not isinstance(row, dict):
+            continue
+        one = cast("_Record", row)
+        name, unit = str(one.get("metric", "")), str(one.get("unit") or "")
+        ending = {"": "", "ratio": "", "points": "_share"}.get(unit, f"_{unit}")
+        if not _is_number(one.get("value")):
+            continue
+        low, high = (one.get(key) if _is_number(one.get(key)) else None for key in ("low", "high"))
+        found[name + ending] = Interval(value=one["value"], low=low, high=high)
+        if _is_number(one.get("source")):
+            found[f"source_{name}{ending}"] = Interval(value=one["source"])
+    return found
 
 
 def _intervals(document: Mapping[str, Any], prefix: str = "") -> dict[str, Interval]:

@@ -12,7 +12,7 @@ _Record = dict[str, Any]
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True):
-    """A figure, and between which two it lies with 95 % confidence where that is known."""
+    """A figure, and between which two it lies where that is known."""
 
     value: float
     low: float | None = None
@@ -110,12 +110,16 @@ class LayerMap(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """What `llmopt eval` measured of an artifact's export, or of its source (`export` is None)."""
+    """What `llmopt eval` measured of an artifact's export, or of its source (`export` is None).
+
+    `confidence` is that of the intervals; names of figures end in units.
+    """
 
     path: str
     export: str | None
     runtime: str
     data: str
+    confidence: float = 0.95
     figures: dict[str, Interval]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 from ...core.manifest import GateRecord
-from ...core.numbers import labelled, number, plain, seconds, share, size
+from ...core.numbers import in_unit, labelled, number, plain, seconds, share, size
 from . import charts
 from .comparison import comparison
 from .document import ArtifactEntry, ExportEntry, LayerMap, PassEntry, Report
@@ -219,7 +219,7 @@ def _quality(entry: ArtifactEntry) -> Markup:
         ]
         found.append(element("h4", f"Evaluation of {whose}"))
         found.append(element("p", f"{one.data}, in {one.runtime}", class_="soft"))
-        found.append(table(("Figure", "Value", "95 % interval"), figures, numbers={1, 2}))
+        found.append(table(("Figure", "Value", f"{share(one.confidence)} interval"), figures, numbers={1, 2}))
     return _section("Quality", *found) if found else Markup()
 
 
@@ -240,17 +240,18 @@ def _checked(export: ExportEntry) -> list[Child]:
 
 def _gate(gate: GateRecord) -> Markup:
     kind, words = VERDICTS[gate.verdict]
-    unit = f" {gate.unit}" if gate.unit else ""
-    between = f", 95 % between {number(gate.low)} and {number(gate.high)}" if gate.low < gate.high else ""
+    low, high = (gate.value, gate.value) if gate.low is None or gate.high is None else (gate.low, gate.high)
+    sure = f", {share(gate.confidence)} sure" if gate.confidence else ""
+    between = f"{sure} between {in_unit(low, gate.unit)} and {in_unit(high, gate.unit)}" if low < high else ""
     against = " against the source" if gate.against else ""
     told = (
-        f"{labelled(gate.metric, None)[0]} {number(gate.value)}{unit}{against}{between}; "
-        f"the limit is {gate.comparison} {number(gate.limit)}{unit}; {counted(gate.samples, 'sample')}"
+        f"{labelled(gate.metric, None)[0]} {in_unit(gate.value, gate.unit)}{against}{between}; "
+        f"the limit is {gate.comparison} {in_unit(gate.limit, gate.unit)}"
     )
-    if gate.samples_needed is not None:
-        told += f", about {number(gate.samples_needed)} are needed"
+    told += f"; {counted(gate.samples, 'sample')}" if gate.samples else ""
+    told += f", about {number(gate.samples_needed)} are needed" if gate.samples_needed is not None else ""
     top = [element("strong", element("span", words, class_=kind)), f" {gate.text} ({gate.export})"]
-    drawn = charts.interval(gate.value, gate.low, gate.high, gate.limit, told)
+    drawn = charts.interval(gate.value, low, high, gate.limit, told)
     return element("figure", element("figcaption", top), drawn, element("p", told), class_="gate")
 
 

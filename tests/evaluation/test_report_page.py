@@ -41,7 +41,7 @@ def layer_map(figure="relative_error", blocks=4, kinds=("self_attn.q_proj", "mlp
 
 
 def gate(verdict, value, low, high, limit, **others):
-    known = {"text": f"a {verdict} gate<=2%", "metric": "perplexity_increase", "comparison": "<=", "unit": "%"}
+    known = {"text": f"a {verdict} gate<=2%", "metric": "perplexity_increase", "comparison": "<=", "unit": "share"}
     known |= {"verdict": verdict, "samples": 40, "against": "source", "export": "onnx"}
     return known | {"value": value, "low": low, "high": high, "limit": limit} | others
 
@@ -119,9 +119,9 @@ def entry(name="small", evil=""):
                 {"name": "gptq", "seconds": 0.02, "cached": True, "seconds_saved": 1.61, "blocks_resumed": 3},
             ],
             "gates": [
-                gate("passed", 1.2, 0.9, 1.5, 2.0),
-                gate("undecided", 1.9, 1.4, 2.4, 2.0, samples_needed=640),
-                gate("failed", 3.3, 3.3, 3.3, 2.0, text=f"x{evil}"),
+                gate("passed", 0.012, 0.009, 0.015, 0.02, confidence=0.9),
+                gate("undecided", 0.019, 0.014, 0.024, 0.02, samples_needed=640),
+                gate("failed", 0.033, None, None, 0.02, text=f"x{evil}"),
             ],
         },
         "evaluations": [
@@ -224,8 +224,8 @@ def tokens_of(value, name=""):
     return {token for way in ways for token in NUMBER.findall(way(value))}
 
 
-WORDS = {"95", "1"}
-"""The numbers of the page's own words: the level of intervals, `top-1`."""
+WORDS = {"1"}
+"""The numbers of the page's own words: `top-1`."""
 
 
 @pytest.mark.parametrize("report", [ONE, THREE, HOSTILE], ids=["one", "three", "hostile"])

@@ -149,6 +149,19 @@ class TestMeasured:
         write_report(found, tmp_path / "page.html")
         assert "Size and quality" in (tmp_path / "page.html").read_text()
 
+    def test_metrics_with_intervals_of_their_own(self, made, tmp_path):
+        rows = [
+            {"metric": "perplexity", "value": 9.0, "low": 8.5, "high": 9.5, "unit": "", "source": 8.0},
+            {"metric": "accuracy_drop", "value": 0.02, "low": None, "high": None, "unit": "points", "source": None},
+            {"metric": "mean_kl", "value": 0.1, "low": 0.05, "high": 0.2, "unit": "nats"},
+        ]
+        document = scored(made / "int8", 9.0, metrics=rows, confidence=0.9, task="perplexity", windows=40)
+        entry = report(made / "int8", evals=[write(tmp_path / "a.json", document)]).artifacts[0]
+        (found,) = entry.evaluations
+        assert (found.confidence, found.data) == (0.9, "perplexity, d")
+        assert found.figures.keys() == {"perplexity", "source_perplexity", "accuracy_drop_share", "mean_kl_nats"}
+        assert found.figures["perplexity"].high == 9.5
+
     @pytest.mark.parametrize(
         ("kind", "text", "what"),
         [
