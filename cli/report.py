@@ -37,7 +37,7 @@ def command(
     """Write what is known of artifacts as a page or a model card.
 
     What was done pass by pass, time and memory, size by part before and after, quality with its intervals, the error of
-    every layer, speed by engine, and how to load it. The page is one file: it asks for nothing from elsewhere, and every
+    every layer, speed by engine, and how to load it. The page is one file that asks for nothing from elsewhere; every
     number in it is in the document that `--json` prints.
 
         llmopt report my-llama-int4 -o report.html

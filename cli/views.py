@@ -125,17 +125,18 @@ def written_sections(report: Report, output: Path) -> list[Section]:
 def comparison_sections(report: Mapping[str, Any]) -> list[Section]:
     """Show in what two artifacts differ; of weights that differ the first few are named."""
     weights = [
-        {
-            **one,
-            "equal": "yes" if one["equal"] else f"{len(one['different'])} differ",
-            "different": ", ".join(one["different"][:3]) + (", ..." if len(one["different"]) > 3 else ""),
-        }
+        {name: _first_names(value) if isinstance(value, list) else value for name, value in one.items()}
         for one in report["weights"]
     ]
     told = weights or {"note": "the artifacts have no export of one kind"}
     first, second = report["artifacts"]
     shown = {key: value for key, value in report.items() if key != "artifacts"}
     return report_sections({"first": first, "second": second, **shown, "weights": told})
+
+
+def _first_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + more or "-"
 
 
 def _passes(records: Sequence[PassRecord], recipe: Mapping[str, Any]) -> Table:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 _COUNTS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -12,7 +13,7 @@ _COUNTS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 def number(value: float) -> str:
     """Return four significant digits, without an exponent where one can do without."""
-    if isinstance(value, int):
+    if type(value) is int:
         return f"{value:,}"
     if not math.isfinite(value):
         return str(value)
@@ -58,7 +59,7 @@ def seconds(value: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-_BY_ENDING = (
+_BY_ENDING: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("_bytes", size),
     ("bytes", size),
     ("_seconds", seconds),
@@ -97,7 +98,24 @@ def plain(name: str, value: Any) -> str:
                 return write(value)
         return number(value)
     if isinstance(value, (list, tuple)):
-        return ", ".join(plain("", item) for item in value) or "-"
+        return ", ".join(plain("", item) for item in cast("Sequence[Any]", value)) or "-"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {plain(key, item)}" for key, item in value.items()) or "-"
+        pairs = cast("dict[str, Any]", value).items()
+        return ", ".join(f"{key} {plain(key, item)}" for key, item in pairs) or "-"
     return str(value)
+
+
+_BY_UNIT: dict[str, Callable[[float], str]] = {
+    "share": share,
+    "points": lambda value: f"{number(100 * value)} points",
+    "nats": lambda value: f"{number(value)} nats",
+    "bytes": size,
+    "seconds": seconds,
+    "tokens_per_second": lambda value: f"{number(value)} tokens/s",
+    "sequences_per_second": lambda value: f"{number(value)} sequences/s",
+}
+
+
+def in_unit(value: float, unit: str) -> str:
+    """Return a figure with its unit, as metrics declare it; a unit of "" or "ratio" is a plain number."""
+    return _BY_UNIT.get(unit, number)(value)

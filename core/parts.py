@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-PARTS = ("embeddings", "attention", "mlp", "head", "norms", "unnamed", "other")
+PARTS: tuple[str, ...] = ("embeddings", "attention", "mlp", "head", "norms", "unnamed", "other")
 """`unnamed` are matrices of a traced graph that has lost their names; what lies beside the weights is no part."""
 
 _NORM = re.compile(r"(\w*norm\w*|ln_?\w+)", re.IGNORECASE)

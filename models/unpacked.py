@@ -51,7 +51,7 @@ class UnpackedFolder:
         return self._checkpoint.read(name)
 
     def names(self) -> list[str]:
-        """Return the names of all tensors that `read` gives; what a packed weight is stored as counts as that weight."""
+        """Return the names of all tensors that `read` gives; the parts of a packed weight count as that weight."""
         found: dict[str, None] = {}
         for name in self._checkpoint.tensors:
             layer, _, part = name.rpartition(".")

@@ -40,7 +40,7 @@ def compare_artifacts(first: str, second: str, *, reporter: Reporter) -> dict[st
         UsageError: one is no artifact.
         LlmoptError: one is damaged.
     """
-    sides = [_Side(path, *existing_artifact(path)) for path in (first, second)]
+    sides = _side(first), _side(second)
     if sides[0].root.resolve() == sides[1].root.resolve():
         raise UsageError("an artifact was to be compared with itself", hint="give two folders")
     return {
@@ -56,6 +56,11 @@ def compare_artifacts(first: str, second: str, *, reporter: Reporter) -> dict[st
         "layers": _layers(*sides),
         "weights": [_weights(name, *sides, reporter) for name in _common(*sides)],
     }
+
+
+def _side(path: str) -> _Side:
+    root, manifest = existing_artifact(path)
+    return _Side(path, root, manifest)
 
 
 def _common(first: _Side, second: _Side) -> list[str]:
@@ -165,21 +170,20 @@ def _rounded(manifest: Manifest) -> Mapping[str, Mapping[str, float]]:
 def _weights(name: str, first: _Side, second: _Side, reporter: Reporter) -> dict[str, Any]:
     """Compare the weights of two exports of one name."""
     records = [next(one for one in side.manifest.exports if one.name == name) for side in (first, second)]
-    folders = [side.root / record.directory for side, record in zip((first, second), records, strict=True)]
+    found: dict[str, Any] = {"export": name, "equal": True, "compared": 0, "different": []}
+    found |= {"in_first_alone": [], "in_second_alone": [], "note": ""}
     if _same_files(*records):
-        return {"export": name, "equal": True, "compared": 0, "different": [], "note": "the files' hashes are equal"}
-    digests = [dict(_digests(name, folder, reporter)) for folder in folders]
-    names = list(dict.fromkeys([*digests[0], *digests[1]]))
-    different = [one for one in names if digests[0].get(one) != digests[1].get(one)]
-    missing = sum(one not in digests[0] or one not in digests[1] for one in names)
-    note = f"{missing} are in one of the two alone" if missing else ""
-    return {
-        "export": name,
-        "equal": not different,
-        "compared": len(names),
-        "different": different,
-        "note": note,
+        return found | {"note": "the files' hashes are equal"}
+    folders = [side.root / record.directory for side, record in zip((first, second), records, strict=True)]
+    ours, theirs = (dict(_digests(name, folder, reporter)) for folder in folders)
+    both = [one for one in ours if one in theirs]
+    found |= {
+        "compared": len(both),
+        "different": [one for one in both if ours[one] != theirs[one]],
+        "in_first_alone": [one for one in ours if one not in theirs],
+        "in_second_alone": [one for one in theirs if one not in ours],
     }
+    return found | {"equal": not (found["different"] or found["in_first_alone"] or found["in_second_alone"])}
 
 
 def _same_files(first: ExportRecord, second: ExportRecord) -> bool:

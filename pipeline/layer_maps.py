@@ -16,9 +16,7 @@ def rounded_layers(records: Sequence[PassRecord]) -> dict[str, dict[str, float]]
     """Return the figures of every layer that was rounded, as the last pass that rounded it left it."""
     layers: dict[str, dict[str, float]] = {}
     for record in records:
-        for name, figures in record.layers.items():
-            if "bits" in figures:
-                layers[name] = figures
+        layers |= {name: figures for name, figures in record.layers.items() if "bits" in figures}
     return layers
 
 

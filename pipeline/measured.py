@@ -1,4 +1,4 @@
-"""What `llmopt eval` and `llmopt bench` printed with `--json`, and the record of a run, read again."""
+"""What `llmopt eval` and `llmopt bench` printed with `--json`, read again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..core.errors import UsageError
 from ..core.manifest import Manifest
 from ..evaluation.report.document import Evaluation, Interval, Speed
 
-RUN = "llmopt.run.json"
 _MOST = 64 << 20
 """A file of measurements has some kilobytes; more than this is something else."""
 
@@ -40,8 +39,9 @@ class Measured:
                 path=str(one["path"]),
                 export=export,
                 runtime=str(one.get("runtime", "")),
-                data=str(one.get("data", "")),
-                figures=_intervals(one),
+                data=", ".join(str(one[key]) for key in ("task", "data") if one.get(key)),
+                confidence=one["confidence"] if _is_number(one.get("confidence")) else 0.95,
+                figures=_metrics(one) or _intervals(one),
             )
             for one in self.evals
             for export in _whose(str(one["path"]), root, manifest)
@@ -107,19 +107,6 @@ def read_measured(evals: Sequence[Path], benches: Sequence[Path]) -> Measured:
     return Measured(scored, timed)
 
 
-def read_run(root: Path, warnings: list[str]) -> _Record | None:
-    """Return the record of the run that built an artifact; None where there is none, with a warning if it is damaged."""
-    path = root / RUN
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        warnings.append(f"{RUN} is damaged, times and memory are left out: {error}")
-        return None
-    return cast("_Record", found) if isinstance(found, dict) else None
-
-
 def _document(file: Path, kind: str) -> _Record:
     try:
         if file.stat().st_size > _MOST:
@@ -156,6 +143,25 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _metrics(document: _Record) -> dict[str, Interval]:
+    """Return the figures of a document that lists metrics with intervals of their own, and those of the source."""
+    found: dict[str, Interval] = {}
+    rows = document.get("metrics")
+    for row in cast("list[Any]", rows) if isinstance(rows, list) else []:
+        if not isinstance(row, dict):
+            continue
+        one = cast("_Record", row)
+        name, unit = str(one.get("metric", "")), str(one.get("unit") or "")
+        ending = {"": "", "ratio": "", "points": "_share"}.get(unit, f"_{unit}")
+        if not _is_number(one.get("value")):
+            continue
+        low, high = (one.get(key) if _is_number(one.get(key)) else None for key in ("low", "high"))
+        found[name + ending] = Interval(value=one["value"], low=low, high=high)
+        if _is_number(one.get("source")):
+            found[f"source_{name}{ending}"] = Interval(value=one["source"])
+    return found
+
+
 def _intervals(document: Mapping[str, Any], prefix: str = "") -> dict[str, Interval]:
     """Return the figures of a document of `eval`, with the intervals that their standard errors give."""
     found: dict[str, Interval] = {}
@@ -175,13 +181,13 @@ def _intervals(document: Mapping[str, Any], prefix: str = "") -> dict[str, Inter
 
 def _limits(name: str, value: float, document: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """Return the 95 % interval of a figure of `eval`: of a loss and what follows from it, and of a divergence."""
-    if name == "perplexity" and _is_number(error := document.get("loss_stderr_nats")):
-        return value * math.exp(-_Z95 * error), value * math.exp(_Z95 * error)
-    if name == "perplexity_increase_share" and _is_number(error := document.get("loss_increase_stderr_nats")):
-        return (1 + value) * math.exp(-_Z95 * error) - 1, (1 + value) * math.exp(_Z95 * error) - 1
     stem, _, unit = name.rpartition("_")
-    error = document.get(f"{stem}_stderr_{unit}")
-    if _is_number(error):
-        least = 0.0 if "kl" in name else -math.inf
-        return max(least, value - _Z95 * cast("float", error)), value + _Z95 * cast("float", error)
-    return None, None
+    errors = {"perplexity": "loss_stderr_nats", "perplexity_increase_share": "loss_increase_stderr_nats"}
+    error = document.get(errors.get(name, f"{stem}_stderr_{unit}"))
+    if not isinstance(error, (int, float)):
+        return None, None
+    if name == "perplexity":
+        return value * math.exp(-_Z95 * error), value * math.exp(_Z95 * error)
+    if name == "perplexity_increase_share":
+        return (1 + value) * math.exp(-_Z95 * error) - 1, (1 + value) * math.exp(_Z95 * error) - 1
+    return max(0.0 if "kl" in name else -math.inf, value - _Z95 * error), value + _Z95 * error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from ..evaluation.report.document import (
     Report,
     Skipped,
 )
-from .artifact import existing_folder, read_manifest
+from .artifact import existing_folder, read_manifest, read_run
 from .layer_maps import layer_maps, rounded_layers
 from .loading import snippets
-from .measured import Measured, read_measured, read_run
+from .measured import Measured, read_measured
 from .parts import folder_parts
 
 _NAMES_SHOWN = 5
@@ -82,7 +81,11 @@ def artifact_entry(
         measured: figures of `eval` and `bench`.
     """
     warnings: list[str] = []
-    run = read_run(root, warnings)
+    try:
+        run = read_run(root)
+    except LlmoptError as error:
+        run = None
+        warnings.append(f"{error.what}: times and memory are left out")
     given = _given(manifest)
     passes = [_pass(record, given) for record in manifest.passes]
     for export in manifest.exports:
@@ -288,33 +291,36 @@ def _is_quality(name: str) -> bool:
 
 def _points(entries: Sequence[ArtifactEntry]) -> tuple[str | None, str | None, list[Point]]:
     """Return what is plotted: quality and latency as far as they were measured, and the points."""
-    points: list[Point] = []
-    several = sum(len(entry.exports) for entry in entries) > len(entries)
-    units: list[str] = []
-    for entry in entries:
-        for export in entry.exports:
-            figure = next(
-                (one.figures.get("perplexity") for one in entry.evaluations if one.export == export.name), None
-            )
-            speed = next((one.figures for one in entry.speeds if one.export == export.name), {})
-            latency, unit = _latency(speed)
-            units += [unit] if unit else []
-            points.append(
-                Point(
-                    name=f"{entry.name} ({export.name})" if several else entry.name,
-                    is_source=False,
-                    size_bytes=export.size_bytes,
-                    quality=figure.value if figure else None,
-                    quality_low=figure.low if figure else None,
-                    quality_high=figure.high if figure else None,
-                    latency_ms=latency,
-                )
-            )
+    several = any(len(entry.exports) > 1 for entry in entries)
+    points = [
+        _point(f"{entry.name} ({export.name})" if several else entry.name, entry, export.name, export.size_bytes)
+        for entry in entries
+        for export in entry.exports
+    ]
     points += _sources(entries)
     if len(points) < 2:
         return None, None, []
     measured = any(point.quality is not None for point in points)
-    return "perplexity" if measured else None, units[0] if units else None, points
+    kinds = [kind for entry in entries for one in entry.speeds if (kind := _latency(one.figures)[1]) is not None]
+    return "perplexity" if measured else None, kinds[0] if kinds else None, points
+
+
+def _point(name: str, entry: ArtifactEntry, export: str | None, size: int) -> Point:
+    """Return the point of an export, or of the source where `export` is None."""
+    own = [one.figures for one in entry.evaluations if one.export == export]
+    figures = [one["perplexity"] for one in own if "perplexity" in one]
+    if export is None:  # an artifact's evaluation measures its source beside it
+        figures += [one.figures["source_perplexity"] for one in entry.evaluations if "source_perplexity" in one.figures]
+    latencies = [_latency(one.figures)[0] for one in entry.speeds if one.export == export]
+    return Point(
+        name=name,
+        is_source=export is None,
+        size_bytes=size,
+        quality=figures[0].value if figures else None,
+        quality_low=figures[0].low if figures else None,
+        quality_high=figures[0].high if figures else None,
+        latency_ms=latencies[0] if latencies else None,
+    )
 
 
 def _latency(figures: Mapping[str, float]) -> tuple[float | None, str | None]:
@@ -331,25 +337,11 @@ def _sources(entries: Sequence[ArtifactEntry]) -> list[Point]:
     points: dict[str, Point] = {}
     for entry in entries:
         size, name = entry.source.get("bytes"), str(entry.source.get("id", ""))
-        if not isinstance(size, int) or name in points:
-            continue
-        own = [one for one in entry.evaluations if one.export is None]
-        figures = [one.figures["perplexity"] for one in own if "perplexity" in one.figures]
-        figures += [
-            one.figures[key] for one in entry.evaluations for key in ("source_perplexity",) if key in one.figures
-        ]
-        latency, _ = _latency(next((one.figures for one in entry.speeds if one.export is None), {}))
-        if figures or latency is not None:
-            points[name] = Point(
-                name=Path(name).name,
-                is_source=True,
-                size_bytes=size,
-                quality=figures[0].value if figures else None,
-                quality_low=figures[0].low if figures else None,
-                quality_high=figures[0].high if figures else None,
-                latency_ms=latency,
-            )
-    return [point for point in points.values() if point.quality is None or math.isfinite(point.quality)]
+        if isinstance(size, int) and name not in points:
+            made = _point(Path(name).name, entry, None, size)
+            if made.quality is not None or made.latency_ms is not None:
+                points[name] = made
+    return list(points.values())
 
 
 def _portable(entry: ArtifactEntry) -> ArtifactEntry:

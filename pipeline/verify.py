@@ -13,6 +13,7 @@ from ..core.progress import Reporter
 from ..exporters import EXPORTERS
 from ..runtimes import RUNTIMES
 from .artifact import existing_folder, read_manifest
+from .card import CARD
 from .output import file_record
 
 
@@ -44,7 +45,9 @@ def verify(directory: Path, *, reporter: Reporter) -> list[ExportRecord]:
         for record in manifest.exports
         if folder.resolve() in {root.resolve(), (root / record.directory).resolve()}
     ]
-    _check_files(root, manifest.files)
+    _check_files(root, {name: record for name, record in manifest.files.items() if name != CARD})
+    if CARD in manifest.files and (not (root / CARD).is_file() or file_record(root / CARD) != manifest.files[CARD]):
+        reporter.note(f"{CARD} is no longer the model card that was built; nothing else depends on it")
     for record in chosen:
         _check_files(root / record.directory, record.files)
     verified = [_check_answers(root, record, manifest, reporter) for record in chosen]

@@ -71,7 +71,7 @@ def test_several_exports_lie_side_by_side(built):
     made = json.loads(ended.stdout)
     assert made["directory"] == str(folder / "out")
     assert [record["name"] for record in made["exports"]] == list(NAMES)
-    kept = {"llmopt.json", "llmopt.reference.json", "llmopt.run.json"}
+    kept = {"README.md", "llmopt.json", "llmopt.reference.json", "llmopt.run.json"}
     assert {path.name for path in (folder / "out").iterdir()} == {*NAMES, *kept}
     assert json.loads((folder / "out" / "llmopt.json").read_text())["exports"] == made["exports"]
     for record in made["exports"]:

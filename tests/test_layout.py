@@ -65,4 +65,4 @@ def test_the_wheel_holds_every_module(wheel):
     for package, folder in MAPPING.items():
         for path in (ROOT / folder).glob("*.py"):
             assert f"{package.replace('.', '/')}/{path.name}" in packed
-    assert "llmopt/py.typed" in packed
+    assert {"llmopt/py.typed", "llmopt/evaluation/report/style.css"} <= packed

@@ -47,7 +47,7 @@ def axis(values: Iterable[float], start: float, stop: float, *, zero: bool = Fal
         low, high = (low if zero else low - room), high + room
     step = _round_up((high - low) / count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = tuple(step * index for index in range(first, last + 1))
+    ticks = tuple(float(f"{step * index:.12g}") for index in range(first, last + 1))
     return Axis(ticks[0], ticks[-1], start, stop, ticks)
 
 

@@ -159,7 +159,7 @@ def _evaluations(entry: ArtifactEntry) -> str:
         ]
         whose = "the source" if one.export is None else one.export
         found.append(f"### {_inline(whose)}, on {_inline(one.data)} in {_inline(one.runtime)}")
-        found.append(_table(("Figure", "Value", "95 % interval"), rows))
+        found.append(_table(("Figure", "Value", f"{share(one.confidence)} interval"), rows))
     return "\n\n".join(["## Evaluation", *found]) if found else ""
 
 

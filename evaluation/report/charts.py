@@ -1,12 +1,13 @@
-"""Plots as inline SVG, drawn for a width of 380: text stays readable on a phone, and on a desk they stand side by side.
+"""Plots as inline SVG, drawn for a width of 380: text stays readable on a phone, on a desk they stand side by side.
 
-Colours are classes, which the page's style sheet gives for light and dark. Every plot has a title and a description, and
-says with text or shape what it says with colour.
+Colours are classes, which the page's style sheet gives for light and dark. Every plot has a title and a description,
+and says with text or shape what it says with colour.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ...core.numbers import number, share
 from .axes import Axis, axis
@@ -145,59 +146,82 @@ def curve(name: str, unit: str, series: Mapping[str, Sequence[tuple[float, float
     return figure(f"{name} while it learnt", f"{told}.", 206, *shown)
 
 
-def scatter(
-    title: str,
-    points: Sequence[Point],
-    across: tuple[str, Callable[[Point], float]],
-    up: tuple[str, Callable[[Point], float]],
-    *,
-    intervals: bool,
-) -> Markup:
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What an axis shows: its name with the unit, and how to get it of a point; None where it was not measured."""
+
+    name: str
+    of: Callable[[Point], float | None]
+
+    def value(self, point: Point) -> float:
+        """Return it of a point that has it."""
+        found = self.of(point)
+        assert found is not None, "only points that have it are drawn"
+        return found
+
+
+def scatter(title: str, points: Sequence[Point], across: Measure, up: Measure) -> Markup:
     """Return points with their names beside them; a source model is a ring, an artifact a dot.
+
+    Quality is drawn with its interval where that is known and it is what the vertical axis shows.
 
     Args:
         title: what is shown.
-        points: at least one.
-        across: what the horizontal axis shows, with its unit, and how to get it.
-        up: the same for the vertical axis.
-        intervals: draw the intervals of quality.
+        points: at least one, all with both figures.
+        across: the horizontal axis.
+        up: the vertical one.
     """
     left, right, top, bottom = 46, WIDTH - 12, 24, 208
-    ordered = sorted(points, key=lambda point: up[1](point))
-    ends = [end for point in points for end in (point.quality_low, point.quality_high) if intervals and end is not None]
-    xs = axis(map(across[1], points), left, right, zero=True)
-    ys = axis([*map(up[1], points), *ends], bottom, top)
-    shown = [_frame(xs, ys, across[0], up[0])]
-    places = [(xs.at(across[1](point)), ys.at(up[1](point))) for point in ordered]
+    ordered = sorted(points, key=up.value)
+    spans = {point: _span(point, up) for point in ordered}
+    ends = [end for span in spans.values() for end in span]
+    xs = axis(map(across.value, ordered), left, right, zero=True)
+    ys = axis([*map(up.value, ordered), *ends], bottom, top)
+    shown = [_frame(xs, ys, across.name, up.name)]
+    places = [(xs.at(across.value(point)), ys.at(up.value(point))) for point in ordered]
     rows = _apart([y for _, y in places], _LINE, top, bottom)
     for point, (x, y), row in zip(ordered, places, rows, strict=True):
-        if intervals and point.quality_low is not None and point.quality_high is not None:
-            span = (ys.at(point.quality_low), ys.at(point.quality_high))
-            shown.append(element("line", x1=x, x2=x, y1=span[0], y2=span[1], class_="whisker"))
+        if spans[point]:
+            low, high = map(ys.at, spans[point])
+            shown.append(element("line", x1=x, x2=x, y1=low, y2=high, class_="whisker"))
         shown.append(element("circle", cx=x, cy=y, r=4.5, class_="ring" if point.is_source else "dot"))
-        name = clipped(point.name, 26)
-        after = _fits(x + 10, row, name, places, right) or x < (left + right) / 2
-        if after and not _fits(x + 10, row, name, places, right):
-            after = not _fits(x - 10 - _CHARACTER * len(name), row, name, places, right, left)
-        tip = x + (9 if after else -9)
-        if abs(row - y) > 2:
-            shown.append(element("line", x1=x, y1=y, x2=tip, y2=row, class_="leader"))
-        label = element("text", element("title", point.name), name, x=tip + (2 if after else -2), y=row + 4)
-        shown.append(element("g", label, class_="label", text_anchor="start" if after else "end"))
+        shown.append(_name(point.name, (x, y), row, places, (left, right)))
     told = "; ".join(
-        f"{point.name}: {number(across[1](point))} by {number(up[1](point))}" + (" (source)" if point.is_source else "")
+        f"{point.name}: {number(across.value(point))} by {number(up.value(point))}"
+        + (" (source)" if point.is_source else "")
         for point in ordered
     )
-    return figure(title, f"{across[0]} by {up[0]}. {told}.", 246, *shown)
+    return figure(title, f"{across.name} by {up.name}. {told}.", 246, *shown)
 
 
-def _fits(
-    x: float, y: float, name: str, points: Sequence[tuple[float, float]], right: float, left: float = 0.0
-) -> bool:
-    """Return whether a name that begins at a place stays inside the plot and covers no point."""
-    end = x + _CHARACTER * len(name)
-    covered = any(x - 4 < other < end + 4 and abs(row - y) < _LINE - 2 for other, row in points)
-    return left <= x and end <= right + 8 and not covered
+def _span(point: Point, up: Measure) -> tuple[float, ...]:
+    known = point.quality_low is not None and point.quality_high is not None
+    shown = up.of(point) is not None and up.of(point) == point.quality
+    return (point.quality_low, point.quality_high) if known and shown else ()  # type: ignore[return-value]
+
+
+def _name(
+    name: str,
+    place: tuple[float, float],
+    row: float,
+    points: Sequence[tuple[float, float]],
+    edges: tuple[float, float],
+) -> Markup:
+    """Return a point's name beside it, on the side where it covers no other point, with a line to it if it moved."""
+    x, y = place
+    short = clipped(name, 26)
+    width = _CHARACTER * len(short)
+
+    def free(start: float) -> bool:
+        end = start + width
+        covered = any(start - 4 < other < end + 4 and abs(row - at) < _LINE - 2 for other, at in points)
+        return edges[0] <= start and end <= edges[1] + 8 and not covered
+
+    after = free(x + 11) or (not free(x - 11 - width) and x < sum(edges) / 2)
+    tip = x + (9 if after else -9)
+    leader = element("line", x1=x, y1=y, x2=tip, y2=row, class_="leader") if abs(row - y) > 2 else None
+    label = element("text", element("title", name), short, x=tip + (2 if after else -2), y=row + 4)
+    return joined(leader, element("g", label, class_="label", text_anchor="start" if after else "end"))
 
 
 def interval(value: float, low: float, high: float, limit: float, told: str) -> Markup:
@@ -222,8 +246,9 @@ def _frame(across: Axis, up: Axis, below: str, above: str) -> Markup:
         y = up.at(value)
         shown.append(element("line", x1=across.start, x2=across.stop, y1=y, y2=y, class_="grid"))
         shown.append(text(across.start - 5, y + 3.5, _tick(value), class_="tick", anchor="end"))
-    for value in across.ticks:
-        shown.append(text(across.at(value), up.start + 15, _tick(value), class_="tick", anchor="middle"))
+    shown += [
+        text(across.at(value), up.start + 15, _tick(value), class_="tick", anchor="middle") for value in across.ticks
+    ]
     shown.append(text(across.stop, up.start + 31, below, class_="axis", anchor="end"))
     return joined(*shown)
 

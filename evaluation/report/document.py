@@ -1,4 +1,4 @@
-"""The document that a report is made of: plain data, printed by `--json`; the page shows no number that is not in it."""
+"""The document that a report is made of: plain data. The page shows no number that is not in it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 import msgspec
 
+from ...core.manifest import RunRecord
+
 _Record = dict[str, Any]
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True):
-    """A figure, and between which two it lies with 95 % confidence where that is known."""
+    """A figure, and between which two it lies where that is known."""
 
     value: float
     low: float | None = None
@@ -110,12 +112,16 @@ class LayerMap(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """What `llmopt eval` measured of an artifact's export, or of its source (`export` is None)."""
+    """What `llmopt eval` measured of an artifact's export, or of its source (`export` is None).
+
+    `confidence` is that of the intervals; names of figures end in units.
+    """
 
     path: str
     export: str | None
     runtime: str
     data: str
+    confidence: float = 0.95
     figures: dict[str, Interval]
 
 
@@ -167,7 +173,7 @@ class ArtifactEntry(msgspec.Struct, frozen=True, kw_only=True):
     exports: list[ExportEntry]
     size_path: list[PathStep]
     maps: list[LayerMap]
-    run: _Record | None
+    run: RunRecord | None
     evaluations: list[Evaluation]
     speeds: list[Speed]
     versions: dict[str, str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
+from typing import TypeAlias
 
 
 class Markup(str):
@@ -12,7 +13,7 @@ class Markup(str):
     __slots__ = ()
 
 
-Child = str | Iterable[str] | None
+Child: TypeAlias = "str | Iterable[Child] | None"
 _EMPTY = {"br", "hr", "meta", "rect", "line", "circle", "path", "polyline", "polygon"}
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any
 
-from ...core.numbers import labelled, number, plain, seconds, share, size
+from ...core.manifest import GateRecord
+from ...core.numbers import in_unit, labelled, number, plain, seconds, share, size
 from . import charts
-from .document import ArtifactEntry, LayerMap, PassEntry, Report
-from .markup import Child, Markup, element, joined
+from .comparison import comparison
+from .document import ArtifactEntry, ExportEntry, LayerMap, PassEntry, Report
+from .markup import Child, Markup, element
+from .tables import VERDICTS, bar, counted, or_dash, table, verdict
 
 PARTS = {
     "embeddings": "Embeddings",
@@ -21,7 +23,6 @@ PARTS = {
     "other": "Other weights",
     "files": "Tokenizer, config, graph",
 }
-_VERDICTS = {"passed": ("good", "✓ passed"), "failed": ("bad", "✕ failed"), "undecided": ("doubt", "? undecided")}
 _LOSSES = {
     "kl": ("KL from the teacher", "nats a token"),
     "reverse_kl": ("reverse KL from the teacher", "nats a token"),
@@ -42,7 +43,7 @@ def page(report: Report) -> str:
     """Return the page."""
     several = len(report.artifacts) > 1
     title = "Comparison of artifacts" if several else report.artifacts[0].name
-    body = [_comparison(report)] if several else []
+    body = [comparison(report)] if several else []
     for at, entry in enumerate(report.artifacts):
         body.append(_artifact(entry, anchor=f"artifact-{at + 1}", titled=several))
     head = element(
@@ -51,7 +52,7 @@ def page(report: Report) -> str:
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", f"{title}: llmopt report"),
-        element("style", Markup(files(__package__).joinpath("style.css").read_text(encoding="utf-8"))),
+        element("style", Markup(files(__package__ or "").joinpath("style.css").read_text(encoding="utf-8"))),
     )
     top = [element("h1", title)]
     top += [_contents(report)] if several else [element("p", report.artifacts[0].summary)]
@@ -67,94 +68,6 @@ def _contents(report: Report) -> Markup:
         element("li", element("a", entry.name, href=f"#artifact-{at + 1}")) for at, entry in enumerate(report.artifacts)
     ]
     return element("nav", element("ul", links), aria_label="Artifacts")
-
-
-# Several artifacts
-
-
-def _comparison(report: Report) -> Markup:
-    rows: list[Sequence[Child]] = []
-    for entry in report.artifacts:
-        for export in entry.exports:
-            checked = export.verification or {}
-            perplexity = next(
-                (
-                    one.figures["perplexity"].value
-                    for one in entry.evaluations
-                    if one.export == export.name and "perplexity" in one.figures
-                ),
-                None,
-            )
-            speed = next((one.figures for one in entry.speeds if one.export == export.name), {})
-            layers = entry.layers or {}
-            rows.append(
-                [
-                    entry.name,
-                    export.name,
-                    size(export.size_bytes),
-                    "–" if export.share is None else share(export.share),
-                    _or_dash(layers.get("bits_per_weight"), number),
-                    _or_dash(layers.get("median_relative_error"), share),
-                    _verdict(export.verification),
-                    _or_dash(checked.get("mean_kl"), number),
-                    _or_dash(perplexity, number),
-                    _or_dash(speed.get("decode_tokens_per_second", speed.get("tokens_per_second")), number),
-                ]
-            )
-    header = (
-        "Artifact", "Export", "Size", "Of source", "Bits per weight", "Median error", "Verified", "KL to its model, nats",
-        "Perplexity", "Tokens/s",
-    )  # fmt: skip
-    table = _table(header, rows, numbers={2, 3, 4, 5, 7, 8, 9})
-    return element("section", element("h2", "Side by side"), table, _plots(report))
-
-
-def _plots(report: Report) -> Markup | None:
-    shown: list[Markup] = []
-    unit, factor = _unit(max((point.size_bytes for point in report.points), default=1))
-    by_size = (f"size, {unit}", lambda point: point.size_bytes / factor)
-    by_quality = (f"{report.quality}", lambda point: point.quality)
-    if report.quality and sum(point.quality is not None for point in report.points) > 1:
-        points = [point for point in report.points if point.quality is not None]
-        shown.append(
-            _titled("Size and quality", charts.scatter("Size and quality", points, by_size, by_quality, intervals=True))
-        )
-        points = [point for point in points if point.latency_ms is not None]
-        if len(points) > 1:
-            by_latency = (f"ms for {report.latency}", lambda point: point.latency_ms)
-            shown.append(
-                _titled(
-                    "Latency and quality",
-                    charts.scatter("Latency and quality", points, by_latency, by_quality, intervals=True),
-                )
-            )
-    timed = [point for point in report.points if point.latency_ms is not None]
-    if len(timed) > 1:
-        latency = (f"ms for {report.latency}", lambda point: point.latency_ms)
-        shown.append(
-            _titled("Size and latency", charts.scatter("Size and latency", timed, by_size, latency, intervals=False))
-        )
-    if not shown:
-        said = "Give measurements with --eval and --bench to see quality and speed against size."
-        return element("p", said, class_="soft")
-    return element("div", shown, class_="plots")
-
-
-def _plot(drawn: Markup, caption: str | None = None) -> Markup:
-    return element("figure", drawn, element("figcaption", caption) if caption else None)
-
-
-def _titled(title: str, drawn: Markup) -> Markup:
-    return element("figure", element("figcaption", title, class_="over"), drawn)
-
-
-def _unit(most: float) -> tuple[str, float]:
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    at = next((at for at in range(len(units) - 1) if most < 1024 ** (at + 1)), len(units) - 1)
-    return units[at], 1024.0**at
-
-
-# One artifact
 
 
 def _artifact(entry: ArtifactEntry, *, anchor: str, titled: bool) -> Markup:
@@ -189,16 +102,15 @@ def _key_figures(entry: ArtifactEntry) -> Markup:
     if entry.layers:
         bits, error = entry.layers.get("bits_per_weight"), entry.layers.get("median_relative_error")
         count = f"{number(int(entry.layers['count']))} layers"
-        shown.append(("Bits per weight", _or_dash(bits, number), f"{count}, with scales"))
+        shown.append(("Bits per weight", or_dash(bits, number), f"{count}, with scales"))
         if error is not None:
             shown.append(("Median error", share(error), "of a rounded weight"))
-    for export in entry.exports:
-        shown.append(
-            (f"Verified, {export.name}", _verdict(export.verification), (export.verification or {}).get("runtime"))
-        )
-    run = entry.run or {}
-    if "seconds" in run:
-        shown.append(("Built in", seconds(run["seconds"]), f"{size(run['peak_memory_bytes'])} at the peak"))
+    shown += [
+        (f"Verified, {export.name}", verdict(export), (export.verification or {}).get("runtime"))
+        for export in entry.exports
+    ]
+    if entry.run is not None:
+        shown.append(("Built in", seconds(entry.run.seconds), f"{size(entry.run.peak_memory_bytes)} at the peak"))
     return element(
         "dl",
         [
@@ -228,49 +140,55 @@ def _passes(entry: ArtifactEntry) -> Markup:
             ]
         )
     header = ("Pass", "Changed", "Left out", "Parameters", "Figures and notes")
-    return _section("What was done", _table(header, rows, numbers={1, 2}, wide={4}))
+    return _section("What was done", table(header, rows, numbers={1, 2}, wide={4}))
 
 
 def _sizes(entry: ArtifactEntry) -> Markup:
-    before: Mapping[str, int] = entry.source.get("parts") or {}
-    kinds = [name for name in PARTS if name in before or any(name in export.parts for export in entry.exports)]
-    columns = [("Before", before, "before")] if before else []
-    columns += [(export.name, export.parts, "") for export in entry.exports if export.parts]
-    most = max((value for _, parts, _ in columns for value in parts.values()), default=1)
-    rows: list[Sequence[Child]] = []
-    for kind in kinds:
-        bars = [_bar(parts.get(kind), most, class_) for _, parts, class_ in columns]
-        rows.append([PARTS[kind], *bars])
-    found: list[Child] = []
-    if rows and columns:
-        found += [element("h4", "By part"), _table(("Part", *(name for name, _, _ in columns)), rows, kind="bars")]
-    steps: list[Sequence[Child]] = []
-    top = max((step.size_bytes for step in entry.size_path), default=1)
-    for at, step in enumerate(entry.size_path):
-        quality = ", ".join(" ".join(labelled(name, value)) for name, value in step.quality.items())
-        of = "–" if step.share is None else share(step.share)
-        bar = _bar(step.size_bytes, top, "before" if at == 0 else "")
-        steps.append(["Source" if at == 0 else step.name, bar, of, quality or "–"])
-    if len(steps) > 1:
-        said = "Weights after each step, codes packed without gaps; an export counts all its files."
-        header = ("After", "Size", "Of source", "Quality there")
-        found += [element("h4", "Step by step"), element("p", said, class_="soft"), _table(header, steps, kind="bars")]
+    found = [*_by_part(entry), *_step_by_step(entry)]
     return _section("Size", *found) if found else Markup()
 
 
-def _bar(value: int | None, most: int, class_: str) -> Markup:
-    """Return a size with a bar below it."""
-    if value is None:
-        return Markup("–")
-    drawn = element("i", style=f"width:{100 * value / max(most, 1):.1f}%", class_=class_ or None)
-    return joined(size(value), element("div", drawn, class_="bar", aria_hidden="true"))
+def _by_part(entry: ArtifactEntry) -> list[Markup]:
+    before: Mapping[str, int] = entry.source.get("parts") or {}
+    columns = [("Before", before, "before")] if before else []
+    columns += [(export.name, export.parts, None) for export in entry.exports if export.parts]
+    most = max((value for _, parts, _ in columns for value in parts.values()), default=0)
+    rows: list[Sequence[Child]] = [
+        [
+            PARTS[kind],
+            *(
+                bar(size(parts[kind]), parts[kind], most, class_) if kind in parts else "–"
+                for _, parts, class_ in columns
+            ),
+        ]
+        for kind in PARTS
+        if any(kind in parts for _, parts, _ in columns)
+    ]
+    header = ("Part", *(name for name, _, _ in columns))
+    return [element("h4", "By part"), table(header, rows, kind="bars")] if rows else []
+
+
+def _step_by_step(entry: ArtifactEntry) -> list[Markup]:
+    most = max((step.size_bytes for step in entry.size_path), default=0)
+    rows: list[Sequence[Child]] = [
+        [
+            step.name,
+            bar(size(step.size_bytes), step.size_bytes, most, "before" if at == 0 else None),
+            or_dash(step.share, share),
+            ", ".join(" ".join(labelled(name, value)) for name, value in step.quality.items()) or "–",
+        ]
+        for at, step in enumerate(entry.size_path)
+    ]
+    if len(rows) < 2:
+        return []
+    said = "Weights after each step, codes packed without gaps; an export counts all its files."
+    made = table(("After", "Size", "Of source", "Quality there"), rows, kind="bars")
+    return [element("h4", "Step by step"), element("p", said, class_="soft"), made]
 
 
 def _quality(entry: ArtifactEntry) -> Markup:
     found: list[Child] = []
-    checked = [(export.name, export.verification) for export in entry.exports]
-    checked += [(f"{export.name} + adapter", export.adapted) for export in entry.exports]
-    rows = [_checked(name, figures) for name, figures in checked if figures is not None]
+    rows = [_checked(export) for export in entry.exports if export.verification is not None]
     if rows:
         header = (
             "Export",
@@ -284,10 +202,9 @@ def _quality(entry: ArtifactEntry) -> Markup:
         )
         said = "Each export was opened in its own engine and compared with the model that was exported."
         found += [element("h4", "Verification"), element("p", said, class_="soft")]
-        found.append(_table(header, rows, numbers={4, 5, 6, 7}))
-    gates: list[Mapping[str, Any]] = (entry.run or {}).get("gates") or []
-    if gates:
-        found += [element("h4", "Gates"), *map(_gate, gates)]
+        found.append(table(header, rows, numbers={4, 5, 6, 7}))
+    if entry.run is not None and entry.run.gates:
+        found += [element("h4", "Gates"), *map(_gate, entry.run.gates)]
     for one in entry.evaluations:
         whose = "the source" if one.export is None else one.export
         figures = [
@@ -302,46 +219,44 @@ def _quality(entry: ArtifactEntry) -> Markup:
         ]
         found.append(element("h4", f"Evaluation of {whose}"))
         found.append(element("p", f"{one.data}, in {one.runtime}", class_="soft"))
-        found.append(_table(("Figure", "Value", "95 % interval"), figures, numbers={1, 2}))
+        found.append(table(("Figure", "Value", f"{share(one.confidence)} interval"), figures, numbers={1, 2}))
     return _section("Quality", *found) if found else Markup()
 
 
-def _checked(name: str, figures: Mapping[str, Any]) -> list[Child]:
+def _checked(export: ExportEntry) -> list[Child]:
+    figures = export.verification or {}
     weights = {None: "–", True: "equal bit for bit", False: "differ"}[figures.get("weights_equal")]
     return [
-        name,
+        export.name,
         figures.get("runtime", ""),
-        _verdict(figures),
+        verdict(export),
         weights,
-        _or_dash(figures.get("max_difference"), number),
-        _or_dash(figures.get("mean_kl"), number),
-        _or_dash(figures.get("top1_agreement"), share),
-        _or_dash(figures.get("positions"), number),
+        or_dash(figures.get("max_difference"), number),
+        or_dash(figures.get("mean_kl"), number),
+        or_dash(figures.get("top1_agreement"), share),
+        or_dash(figures.get("positions"), number),
     ]
 
 
-def _verdict(figures: Mapping[str, Any] | None) -> Markup:
-    if figures is None:
-        return element("span", "? not verified", class_="doubt")
-    kind, words = _VERDICTS["passed" if figures["passed"] else "failed"]
-    return element("span", words, class_=kind)
-
-
-def _gate(gate: Mapping[str, Any]) -> Markup:
-    kind, words = _VERDICTS.get(str(gate.get("verdict")), ("doubt", str(gate.get("verdict"))))
-    unit = f" {gate['unit']}" if gate.get("unit") else ""
-    value, low, high, limit = (gate[key] for key in ("value", "low", "high", "limit"))
-    between = f", 95 % between {number(low)} and {number(high)}" if low < high else ""
-    against = " against the source" if gate.get("against") == "source" else ""
+def _gate(gate: GateRecord) -> Markup:
+    kind, words = VERDICTS[gate.verdict]
+    low, high = (gate.value, gate.value) if gate.low is None or gate.high is None else (gate.low, gate.high)
+    sure = f", {share(gate.confidence)} sure" if gate.confidence else ""
+    between = f"{sure} between {in_unit(low, gate.unit)} and {in_unit(high, gate.unit)}" if low < high else ""
+    against = " against the source" if gate.against else ""
     told = (
-        f"{labelled(gate['metric'], None)[0]} {number(value)}{unit}{against}{between}; "
-        f"the limit is {gate['comparison']} {number(limit)}{unit}; {_counted(gate['samples'], 'sample')}"
+        f"{labelled(gate.metric, None)[0]} {in_unit(gate.value, gate.unit)}{against}{between}; "
+        f"the limit is {gate.comparison} {in_unit(gate.limit, gate.unit)}"
     )
-    if gate.get("samples_needed"):
-        told += f", about {number(gate['samples_needed'])} are needed"
-    top = [element("strong", element("span", words, class_=kind)), f" {gate['text']} ({gate['export']})"]
-    return element("figure", element("figcaption", top), charts.interval(value, low, high, limit, told), element("p", told),
-                   style="max-width:36rem")  # fmt: skip
+    told += f"; {counted(gate.samples, 'sample')}" if gate.samples else ""
+    told += f", about {number(gate.samples_needed)} are needed" if gate.samples_needed is not None else ""
+    top = [element("strong", element("span", words, class_=kind)), f" {gate.text} ({gate.export})"]
+    drawn = charts.interval(gate.value, low, high, gate.limit, told)
+    return element("figure", element("figcaption", top), drawn, element("p", told), class_="gate")
+
+
+def _plot(drawn: Markup, caption: str | None = None) -> Markup:
+    return element("figure", drawn, element("figcaption", caption) if caption else None)
 
 
 def _layers(entry: ArtifactEntry) -> Markup:
@@ -357,8 +272,8 @@ def _layers(entry: ArtifactEntry) -> Markup:
         caption = f"{one.stack}: the highest {what} is that of {one.highest}."
         found.append(element("div", _plot(charts.heat_map(one), caption), _cells(one)))
     about = (
-        "The error is |W − W′| / |W|, W being the weight as the pass that rounded it was given it; of experts the largest "
-        "of a block is shown."
+        "The error is |W − W′| / |W|, W being the weight as the pass that rounded it was given it; of experts the "
+        "largest of a block is shown."
     )
     return _section("Layer by layer", same, element("p", about, class_="soft"), element("div", found, class_="plots"))
 
@@ -366,14 +281,14 @@ def _layers(entry: ArtifactEntry) -> Markup:
 def _cells(layers: LayerMap) -> Markup:
     write = number if layers.figure == "bits" else share
     rows = [
-        [str(block), *(_or_dash(value, write) for value in figures)]
+        [str(block), *(or_dash(value, write) for value in figures)]
         for block, figures in zip(layers.blocks, layers.cells, strict=True)
     ]
     names = charts.short_names(layers.kinds)
-    table = _table(
+    made = table(
         ("Block", *names), rows, numbers=set(range(1, len(names) + 1)), kind="tall" if len(rows) > 12 else "grid"
     )
-    return element("details", element("summary", "All values as a table"), table)
+    return element("details", element("summary", "All values as a table"), made)
 
 
 def _curves(entry: ArtifactEntry) -> Markup:
@@ -407,30 +322,21 @@ def _time(entry: ArtifactEntry) -> Markup:
     if run is None:
         said = "Not recorded: llmopt.run.json does not lie in the artifact."
         return _section("Time and memory", element("p", said, class_="soft"))
-    most = max((step["seconds"] for step in run.get("steps", ())), default=1) or 1
+    most = max((step.seconds for step in run.steps), default=0.0)
     rows: list[Sequence[Child]] = []
-    for step in run.get("steps", ()):
-        notes = []
-        if step.get("cached"):
-            notes.append(f"from the cache, {seconds(step['seconds_saved'])} saved")
-        if step.get("blocks_resumed"):
-            notes.append(f"{number(step['blocks_resumed'])} blocks of an earlier run taken over")
-        drawn = element("i", style=f"width:{100 * step['seconds'] / most:.1f}%")
-        time = joined(seconds(step["seconds"]), element("div", drawn, class_="bar", aria_hidden="true"))
-        rows.append(
-            [step["name"], time, seconds(step["cpu_seconds"]), size(step["peak_memory_bytes"]), "; ".join(notes) or "–"]
-        )
-    machine = run.get("machine", {})
-    memory = machine.get("memory_bytes")
-    said = f"{run.get('started', '')}, on {machine.get('processor', '?')}, {_counted(machine.get('cores'), 'core')}"
-    said += f", {size(memory)} of memory" if memory else ""
-    said += f", {machine.get('system', '')}; {_counted(run.get('threads'), 'thread')}"
-    whole = f"{seconds(run['seconds'])} altogether, {seconds(run['cpu_seconds'])} of processor time"
-    return _section(
-        "Time and memory",
-        element("p", f"{whole}. {said}.", class_="soft"),
-        _table(("Step", "Time", "Processor", "Peak memory", "Note"), rows, kind="bars"),
-    )
+    for step in run.steps:
+        notes = [f"from the cache, {seconds(step.seconds_saved)} saved"] if step.cached else []
+        if step.blocks_resumed:
+            notes.append(f"{counted(step.blocks_resumed, 'block')} of an earlier run taken over")
+        time = bar(seconds(step.seconds), step.seconds, most)
+        rows.append([step.name, time, seconds(step.cpu_seconds), size(step.peak_memory_bytes), "; ".join(notes) or "–"])
+    machine = run.machine
+    said = f"{seconds(run.seconds)} altogether, {seconds(run.cpu_seconds)} of processor time. Begun {run.started}, on "
+    said += f"{machine.processor}, {counted(machine.cores, 'core')}"
+    said += f", {size(machine.memory_bytes)} of memory" if machine.memory_bytes else ""
+    said += f", {machine.system}; {counted(run.threads, 'thread')}."
+    made = table(("Step", "Time", "Processor", "Peak memory", "Note"), rows, kind="bars")
+    return _section("Time and memory", element("p", said, class_="soft"), made)
 
 
 def _speed(entry: ArtifactEntry) -> Markup:
@@ -440,12 +346,12 @@ def _speed(entry: ArtifactEntry) -> Markup:
     rows: list[Sequence[Child]] = []
     for one in entry.speeds:
         whose = "source" if one.export is None else one.export
-        figures = [_or_dash(one.figures.get(name), lambda value, name=name: _rate(name, value)) for name in columns]
+        figures = [or_dash(one.figures.get(name), lambda value, name=name: _rate(name, value)) for name in columns]
         rows.append([whose, one.runtime, *figures])
     machine = entry.speeds[0].machine
     about = ", ".join(" ".join(labelled(name, value)) for name, value in machine.items() if value is not None)
-    table = _table(("Of", "Engine", *columns.values()), rows, numbers=set(range(2, 2 + len(columns))))
-    return _section("Speed and memory by engine", element("p", about, class_="soft"), table)
+    made = table(("Of", "Engine", *columns.values()), rows, numbers=set(range(2, 2 + len(columns))))
+    return _section("Speed and memory by engine", element("p", about, class_="soft"), made)
 
 
 def _rate(name: str, value: float) -> str:
@@ -492,64 +398,4 @@ def _provenance(entry: ArtifactEntry) -> Markup:
         rows.append(["Calibration", told])
     rows += [[name, version] for name, version in entry.versions.items()]
     recipe = element("details", element("summary", "The recipe"), _code(entry.recipe))
-    return _section("Versions and origin", _table(("What", "Which"), rows, kind="grid"), recipe)
-
-
-# Tables
-
-
-def _table(
-    header: Sequence[str],
-    rows: Sequence[Sequence[Child]],
-    *,
-    numbers: Collection[int] = (),
-    wide: Collection[int] = (),
-    kind: str = "stack",
-) -> Markup:
-    """Return a table whose first column names the rows.
-
-    Args:
-        header: names of the columns.
-        rows: cells.
-        numbers: the columns to align on the right.
-        wide: the columns that hold sentences.
-        kind: "stack", its rows become lists on a phone; "grid", it stays a table, scrolled where it must be; "tall",
-            the same for many rows; "bars", its cells hold bars.
-    """
-    classes = ["number" if at in numbers else "wide" if at in wide else None for at in range(len(header))]
-    top = [_cell("th", name, "columnheader", scope="col", class_=classes[at]) for at, name in enumerate(header)]
-    body = [
-        element(
-            "tr",
-            _cell("th", row[0], "rowheader", scope="row"),
-            [
-                _cell("td", cell, "cell", class_="none" if cell == "–" else classes[at], data_label=header[at])
-                for at, cell in enumerate(row[1:], 1)
-            ],
-            role="row",
-        )
-        for row in rows
-    ]
-    table = element(
-        "table",
-        element("thead", element("tr", top, role="row"), role="rowgroup"),
-        element("tbody", body, role="rowgroup"),
-        class_={"bars": "bars stack", "tall": "grid"}.get(kind, kind),
-        role="table",
-    )
-    name = f"Table: {', '.join(header[:3])}"
-    scrolled = "scroll tall" if kind == "tall" else "scroll"
-    return element("div", table, class_=scrolled, tabindex=0, role="region", aria_label=name)
-
-
-def _cell(tag: str, content: Child, role: str, **attributes: object) -> Markup:
-    """Return a cell; its role is told because a phone shows it as a block."""
-    return element(tag, content, role=role, **attributes)
-
-
-def _counted(amount: int | None, what: str) -> str:
-    return f"{_or_dash(amount, number)} {what}{'' if amount == 1 else 's'}"
-
-
-def _or_dash(value: Any, write: Callable[[Any], str]) -> str:
-    return "–" if value is None else write(value)
+    return _section("Versions and origin", table(("What", "Which"), rows, kind="grid"), recipe)

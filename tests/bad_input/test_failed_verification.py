@@ -81,8 +81,10 @@ def test_one_export_of_several(shell, wrong_scale):
     ended = shell.run(*ARGUMENTS, "--export", "safetensors", "--export", "onnx-genai", "-o", "out")
     check_message(ended, code=3, what=WHAT, hint=HINT)
     assert sorted(path.name for path in (shell.folder / "out.failed").iterdir()) == [
+        "README.md",
         "llmopt.json",
         "llmopt.reference.json",
+        "llmopt.run.json",
         "onnx-genai",
         "safetensors",
     ]
