@@ -13,6 +13,8 @@ import typer
 from ..core.errors import UsageError, nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .render import Screen
 
 _OUTPUT = "Output"
@@ -56,6 +58,22 @@ def check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> No
         raise UsageError(
             f"bad value for {option}: {value}", where=f"expected {' or '.join(choices)}", hint=nearest(value, choices)
         )
+
+
+def parse_columns(written: Iterable[str], option: str) -> dict[str, str]:
+    """Read `[ROLE=]NAME`: columns by role, under "" the one without a role.
+
+    Raises:
+        UsageError: a role has two columns.
+    """
+    columns: dict[str, str] = {}
+    for text in written:
+        role, equals, name = text.partition("=")
+        role, name = (role.strip(), name.strip()) if equals else ("", text)
+        if role in columns:
+            raise UsageError(f"{option} names two columns for {role or 'the text'}", where=f"{columns[role]}, {name}")
+        columns[role] = name
+    return columns
 
 
 def open_screen(*, json: bool, quiet: bool, verbose: bool) -> Screen:

@@ -160,23 +160,25 @@ class GateRecord(msgspec.Struct, frozen=True, kw_only=True):
         text: as written.
         metric: what is measured.
         value: what was measured.
-        low: lower end of the confidence interval of `value`.
+        low: lower end of the confidence interval of `value`; None with too few samples for one.
         high: its upper end.
         limit: what it is compared with.
         comparison: how, such as `<=`.
-        unit: of value, interval and limit.
-        verdict: "undecided" when the interval holds the limit.
-        samples: how many were measured.
-        samples_needed: about how many would decide it; None where it is decided.
+        unit: of value, interval and limit: "share", "ratio", "points" (a difference of shares, of one), "nats",
+            "bytes", "seconds", "tokens_per_second", "sequences_per_second" or "".
+        verdict: "undecided" when the interval holds the limit, or there is none.
+        samples: how many were measured; 0 for what is counted, as sizes are.
+        samples_needed: about how many would decide it; None where it is decided, or that cannot be told.
         against: "source" when it is measured against the source, None when it is absolute.
         export: which one was measured.
+        confidence: with which `value` lies in its interval.
     """
 
     text: str
     metric: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     limit: float
     comparison: str
     unit: str
@@ -185,6 +187,7 @@ class GateRecord(msgspec.Struct, frozen=True, kw_only=True):
     samples_needed: int | None = None
     against: Literal["source"] | None = None
     export: str
+    confidence: float | None = None
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -101,3 +102,19 @@ def plain(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {plain(key, item)}" for key, item in value.items()) or "-"
     return str(value)
+
+
+_BY_UNIT: dict[str, Callable[[float], str]] = {
+    "share": share,
+    "points": lambda value: f"{number(100 * value)} points",
+    "nats": lambda value: f"{number(value)} nats",
+    "bytes": size,
+    "seconds": seconds,
+    "tokens_per_second": lambda value: f"{number(value)} tokens/s",
+    "sequences_per_second": lambda value: f"{number(value)} sequences/s",
+}
+
+
+def in_unit(value: float, unit: str) -> str:
+    """Return a figure with its unit, as metrics declare it; a unit of "" or "ratio" is a plain number."""
+    return _BY_UNIT.get(unit, number)(value)
