@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from ...core.numbers import labelled, number, plain, seconds, share, size
+from ...core.numbers import in_unit, labelled, number, plain, seconds, share, size
 from . import charts
 from .document import ArtifactEntry, ExportEntry, LayerMap, PassEntry, Report
 from .markup import Child, Markup, element, joined
@@ -326,13 +326,15 @@ def _verdict(export: ExportEntry) -> Markup:
 
 def _gate(gate: Mapping[str, Any]) -> Markup:
     kind, words = _VERDICTS.get(str(gate.get("verdict")), ("doubt", str(gate.get("verdict"))))
-    unit = f" {gate['unit']}" if gate.get("unit") else ""
+    unit = str(gate.get("unit") or "")
     value, low, high, limit = (gate[key] for key in ("value", "low", "high", "limit"))
-    between = f", 95 % between {number(low)} and {number(high)}" if low < high else ""
+    low, high = (value, value) if low is None or high is None else (low, high)
+    sure = f", {share(gate['confidence'])} sure" if gate.get("confidence") else ""
+    between = f"{sure} between {in_unit(low, unit)} and {in_unit(high, unit)}" if low < high else ""
     against = " against the source" if gate.get("against") == "source" else ""
     told = (
-        f"{labelled(gate['metric'], None)[0]} {number(value)}{unit}{against}{between}; "
-        f"the limit is {gate['comparison']} {number(limit)}{unit}; {_counted(gate['samples'], 'sample')}"
+        f"{labelled(gate['metric'], None)[0]} {in_unit(value, unit)}{against}{between}; "
+        f"the limit is {gate['comparison']} {in_unit(limit, unit)}; {_counted(gate['samples'], 'sample')}"
     )
     if gate.get("samples_needed"):
         told += f", about {number(gate['samples_needed'])} are needed"
