@@ -72,11 +72,11 @@ def jsonl_records(path: Path) -> Iterator[Record]:
         yield Record(f"line {number}", values)
 
 
-def csv_records(path: Path, column: str | None) -> Iterator[Record]:
+def csv_records(path: Path, column: str | None, *, header: bool | None = None) -> Iterator[Record]:
     """Yield the rows of a CSV file by the names in its header.
 
     A `column` that is a number, and no name in the first line, says that the file has no header: the columns are then
-    called 0, 1, 2 … and the first line is a row like the others.
+    called 0, 1, 2 … and the first line is a row like the others. So does `header`, where it is given.
     """
     limit = csv.field_size_limit(CELL_CHARS)  # the default refuses texts of more than 131072 characters
     reader = csv.reader(text_lines(path), strict=True)
@@ -86,7 +86,9 @@ def csv_records(path: Path, column: str | None) -> Iterator[Record]:
             if not row:
                 continue
             if not names:
-                headless = column is not None and column.isdecimal() and column not in row
+                headless = not header
+                if header is None:
+                    headless = column is not None and column.isdecimal() and column not in row
                 names = [str(index) for index in range(len(row))] if headless else row
                 if not headless:
                     continue
@@ -107,8 +109,25 @@ def csv_records(path: Path, column: str | None) -> Iterator[Record]:
         csv.field_size_limit(limit)
 
 
-def parquet_records(path: Path, column: str | None) -> Iterator[Record]:
-    """Yield the rows of a Parquet file, batch by batch and only the columns that hold the text."""
+def has_no_header(path: Path) -> bool:
+    """Return whether a number stands in the first line of a CSV file: then it is a row, and names no columns."""
+    try:
+        first = next((row for row in csv.reader(text_lines(path)) if row), [])
+    except csv.Error:  # said with its line when the rows are read
+        return False
+    return any(_is_number(cell) for cell in first)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def parquet_records(path: Path, column: str | None, *, whole: bool = False) -> Iterator[Record]:
+    """Yield the rows of a Parquet file, batch by batch and only the columns that hold the text, unless `whole`."""
     import pyarrow as pa
     from pyarrow import parquet, types
 
@@ -119,7 +138,7 @@ def parquet_records(path: Path, column: str | None) -> Iterator[Record]:
                 name: "text" if types.is_string(kind) or types.is_large_string(kind) else None
                 for name, kind in fields.items()
             }
-            columns = list(choose_columns(kinds, column, str(path)))
+            columns = list(fields) if whole else list(choose_columns(kinds, column, str(path)))
             row = 0
             for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
                 for values in batch.to_pylist():

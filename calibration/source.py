@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import LlmoptError, UsageError
-from .files import csv_records, jsonl_records, parquet_records, text_blocks, text_lines
+from .files import csv_records, has_no_header, jsonl_records, parquet_records, text_blocks, text_lines
 from .hub import hub_records, parse_hub_spec
 from .records import Document, Record, documents_of
 
@@ -77,6 +77,25 @@ class Source:
         else:
             for line in text_lines(self.path):
                 yield Document(line.removesuffix("\n"))
+
+    def records(self) -> Iterator[Record]:
+        """Yield whole rows: of a plain text its lines, as the column `text`.
+
+        The columns of a CSV file whose first line holds a number are called 0, 1, 2 …
+
+        Raises:
+            LlmoptError: the data is damaged.
+        """
+        if self.path is None:
+            return hub_records(self.spec)
+        if self.is_text:
+            lines = enumerate(text_lines(self.path), start=1)
+            return (Record(f"line {number}", {"text": line.removesuffix("\n")}) for number, line in lines)
+        if self.path.suffix == ".csv":
+            return csv_records(self.path, None, header=not has_no_header(self.path))
+        if self.path.suffix == ".parquet":
+            return parquet_records(self.path, None, whole=True)
+        return jsonl_records(self.path)
 
     def sha256(self) -> str | None:
         """Return the digest of the file's bytes; None for a data set behind `hf:`."""

@@ -21,7 +21,7 @@ COMMANDS = {
     "plan": "Show what a recipe will do, and refuse what cannot work.",
     "verify": "Check an artifact again: its files, its weights, its outputs.",
     "infer": "Compute embeddings, classes or text for a file of texts.",
-    "eval": "Measure how well a model or an artifact predicts text.",
+    "eval": "Measure how good a model or an artifact is at a task.",
     "bench": "Measure load time, speed and memory of a model or an artifact.",
     "report": "Write what is known of artifacts as a page or a model card.",
     "compare": "Show in what two artifacts differ.",

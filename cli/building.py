@@ -13,9 +13,11 @@ import typer
 
 from ..core.errors import UsageError
 from ..core.processes import is_main
+from ..core.quantities import parse_size
 from ..core.recipe import Recipe, Step
 from ..core.threads import DEFAULT
-from .common import CACHE_PANEL, CacheDir, Force, Json, Quiet, Verbose, cache_settings, open_screen, parse_size
+from .checks import reported, with_gates
+from .common import CACHE_PANEL, CacheDir, Force, Json, Quiet, Verbose, cache_settings, open_screen
 
 if TYPE_CHECKING:
     from ..pipeline.store import CacheSettings
@@ -26,6 +28,7 @@ R = TypeVar("R")
 DEFAULT_EXPORT = "safetensors"
 
 _OUTPUT = "Output"
+_GATES = "Gates"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,61 @@ class Build:
         typer.Option("--save-recipe", metavar="FILE", help="Write the recipe as YAML too.", rich_help_panel=_OUTPUT),
     ] = None
     force: Force = False
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gate",
+            metavar="METRIC<=LIMIT",
+            help="What the artifact must meet, or it stands aside as DIR.failed (exit 3): perplexity_increase<=2%, "
+            "size_ratio<=0.35, decode_speedup>=1.5, … ; may be given several times.",
+            rich_help_panel=_GATES,
+        ),
+    ] = None
+    gate_data: Annotated[
+        str | None,
+        typer.Option(
+            "--gate-data",
+            metavar="SPEC",
+            help="Test data for gates on quality: a .txt, .jsonl, .csv or .parquet file, or hf:NAME[/CONFIG][:SPLIT].",
+            rich_help_panel=_GATES,
+        ),
+    ] = None
+    gate_task: Annotated[
+        str | None,
+        typer.Option(
+            "--gate-task",
+            metavar="NAME",
+            help="Task to measure, as of `llmopt eval`. [default: what fits the metrics, the model and the columns]",
+            rich_help_panel=_GATES,
+        ),
+    ] = None
+    gate_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gate-column",
+            metavar="[ROLE=]NAME",
+            help="A column of the test data, as of `llmopt eval`.",
+            rich_help_panel=_GATES,
+        ),
+    ] = None
+    gate_confidence: Annotated[
+        str | None,
+        typer.Option(
+            "--gate-confidence",
+            metavar="SHARE",
+            help="Confidence of the interval that must lie within a limit. [default: 95%]",
+            rich_help_panel=_GATES,
+        ),
+    ] = None
+    junit: Annotated[
+        Path | None,
+        typer.Option(
+            "--junit",
+            metavar="FILE",
+            help="Write JUnit XML, a case for each verification and gate, also when the build fails.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -164,6 +222,12 @@ def execute(
     Raises:
         UsageError: the recipe cannot work, or no output was named.
     """
+    recipe = with_gates(recipe, build)
+    with reported(recipe, build, screen):
+        _execute(recipe, build, screen, inputs=inputs, notes=notes)
+
+
+def _execute(recipe: Recipe, build: Build, screen: Screen, *, inputs: Iterable[Path], notes: Iterable[str]) -> None:
     from ..pipeline.output import check_output, inputs_of
     from ..pipeline.plan import make_plan
     from ..pipeline.recipe import dump_recipe
@@ -193,9 +257,11 @@ def execute(
 
     from ..pipeline.artifact import read_run
 
-    run = msgspec.to_builtins(read_run(output))
-    document = {"directory": str(output), **msgspec.to_builtins(manifest), "run": run}
-    screen.show(manifest_sections(manifest, output, source_bytes=plan.facts.bytes), document, summary=True)
+    run = read_run(output)
+    document = {"directory": str(output), **msgspec.to_builtins(manifest), "run": msgspec.to_builtins(run)}
+    gates = [] if run is None else run.gates
+    sections = manifest_sections(manifest, output, source_bytes=plan.facts.bytes, gates=gates)
+    screen.show(sections, document, summary=True)
 
 
 def default_output(recipe: Path) -> Path:

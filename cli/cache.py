@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import LlmoptError, UsageError, nearest
-from .common import CacheDir, Json, Quiet, Verbose, cache_settings, open_screen, parse_size
+from ..core.quantities import parse_size
+from .common import CacheDir, Json, Quiet, Verbose, cache_settings, open_screen
 
 if TYPE_CHECKING:
     from ..pipeline.store import Store

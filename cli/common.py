@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -12,8 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core.errors import UsageError, nearest
+from ..core.quantities import parse_size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ..pipeline.store import CacheSettings
     from .render import Screen
 
@@ -83,6 +85,22 @@ def cache_settings(folder: Path | None) -> CacheSettings:
     return CacheSettings(default_folder() if folder is None else folder.expanduser(), limit)
 
 
+def parse_columns(written: Iterable[str], option: str) -> dict[str, str]:
+    """Read `[ROLE=]NAME`: columns by role, under "" the one without a role.
+
+    Raises:
+        UsageError: a role has two columns.
+    """
+    columns: dict[str, str] = {}
+    for text in written:
+        role, equals, name = text.partition("=")
+        role, name = (role.strip(), name.strip()) if equals else ("", text)
+        if role in columns:
+            raise UsageError(f"{option} names two columns for {role or 'the text'}", where=f"{columns[role]}, {name}")
+        columns[role] = name
+    return columns
+
+
 def open_screen(*, json: bool, quiet: bool, verbose: bool) -> Screen:
     """Return where the command shows its results, and keep libraries from writing beside it.
 
@@ -107,16 +125,3 @@ def _hush_libraries(*, bars: bool) -> None:
     if not bars:  # a download is the one thing that may show a bar of its own
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore")
-
-
-def parse_size(text: str, *, where: str | None = None) -> int:
-    """Return a number of bytes written as `2GiB`, `800 MB` or `1.5G` (binary, as is a unit without B).
-
-    Raises:
-        UsageError: it is no size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?B)?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise UsageError(f"`{text}` is no amount of memory", where=where, hint="write it as 2GiB or 800MiB")
-    base = 1000 if (found[3] or "").upper() == "B" else 1024
-    return int(float(found[1]) * base ** ("KMGT".index(found[2].upper()) + 1))

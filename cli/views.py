@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from ..core.adapter import FOLDER
-from ..core.numbers import count, labelled, number, plain, share, size
+from ..core.numbers import count, in_unit, labelled, number, plain, share, size
 from ..passes import PASSES
 from .parameters import parameters, value_text
 from .render import Lines, Pairs, Section, Table
@@ -17,7 +17,7 @@ from .render import Lines, Pairs, Section, Table
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..core.manifest import ExportRecord, Manifest, Parity, PassRecord
+    from ..core.manifest import ExportRecord, GateRecord, Manifest, Parity, PassRecord
     from ..core.plan import Plan
     from ..evaluation.report.document import Report
 
@@ -64,8 +64,10 @@ def plan_sections(plan: Plan) -> list[Section]:
     return [*sections, Pairs("Estimates", estimates)]
 
 
-def manifest_sections(manifest: Manifest, directory: Path, *, source_bytes: int) -> list[Section]:
-    """Show what was made, how far it is the model, and where it lies."""
+def manifest_sections(
+    manifest: Manifest, directory: Path, *, source_bytes: int, gates: Sequence[GateRecord] = ()
+) -> list[Section]:
+    """Show what was made, how far it is the model, what was measured for its gates, and where it lies."""
     sections: list[Section] = []
     several = len(manifest.exports) > 1
     passes = list(manifest.passes)
@@ -79,9 +81,49 @@ def manifest_sections(manifest: Manifest, directory: Path, *, source_bytes: int)
     if left:
         sections.append(Lines("Left out", left))
     sections += export_sections(manifest.exports, directory, source_bytes=source_bytes)
+    sections += gate_sections(gates)
     calls = [_load(record, directory, manifest) for record in manifest.exports]
     calls += [call for record in manifest.exports for call in _load_adapter(record, directory)]
     return [*sections, Lines("To load it", [call for call in calls if call], code=True)]
+
+
+def gate_sections(gates: Sequence[GateRecord]) -> list[Section]:
+    """Show every gate: what was measured, the interval it lies in, and the verdict."""
+    if not gates:
+        return []
+    several = len({gate.export for gate in gates}) > 1
+    rows: list[tuple[str, ...]] = []
+    for gate in gates:
+        needed = f", {gate.samples_needed} samples would decide" if gate.samples_needed else ""
+        verdict = {"passed": "passed", "failed": "FAILED", "undecided": f"UNDECIDED{needed}"}[gate.verdict]
+        interval = _interval(gate.low, gate.high, gate.unit) if gate.samples else "exact"
+        row = (gate.text, in_unit(gate.value, gate.unit), interval, str(gate.samples or "-"), verdict)
+        rows.append((gate.export, *row) if several else row)
+    header = ("gate", "measured", "interval", "samples", "verdict")
+    return [Table("Gates", ("export", *header) if several else header, rows, frozenset({3 + several}))]
+
+
+def evaluation_sections(report: Mapping[str, Any]) -> list[Section]:
+    """Show what `llmopt eval` found: every metric with its interval, and the source's beside it."""
+    shown = ("path", "runtime", "data", "task", "samples", "windows", "tokens")
+    sections: list[Section] = [Pairs("", [labelled(name, report[name]) for name in shown if name in report])]
+    metrics = report["metrics"]
+    compared = any(row["source"] is not None for row in metrics)
+    rows = []
+    for row in metrics:
+        unit = row["unit"]
+        cells = (row["metric"], in_unit(row["value"], unit), _interval(row["low"], row["high"], unit))
+        source = "-" if row["source"] is None else in_unit(row["source"], unit)
+        rows.append((*cells, source) if compared else cells)
+    header = ("metric", "measured", f"interval ({share(report['confidence'])})")
+    sections.append(Table("Metrics", (*header, "source") if compared else header, rows, frozenset({1})))
+    return sections
+
+
+def _interval(low: float | None, high: float | None, unit: str) -> str:
+    if low is None or high is None:
+        return "no interval"
+    return f"{in_unit(low, unit)} to {in_unit(high, unit)}"
 
 
 def export_sections(

@@ -7,9 +7,10 @@ line prints it without a traceback; anything else that escapes is a defect of ll
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from enum import IntEnum
+from pathlib import Path
 
 _DISK_FULL = ("no space left on device", "os error 28", "disk quota exceeded")
 
@@ -63,9 +64,38 @@ class UsageError(LlmoptError):
 
 
 class UnmetError(LlmoptError):
-    """A verification or a gate was not met (exit 3)."""
+    """A verification or a gate was not met (exit 3).
+
+    Args:
+        what: see `LlmoptError`.
+        where: see `LlmoptError`.
+        hint: see `LlmoptError`.
+        artifact: where the artifact stands aside, with its manifest and the record of the run.
+        unmet: each gate that was not met, and what was measured for it.
+    """
 
     exit_code = ExitCode.UNMET
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        artifact: Path | None = None,
+        unmet: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.artifact = artifact
+        self.unmet = tuple(unmet)
+
+    def to_dict(self) -> dict[str, object]:
+        """Render for `--json`: also where the artifact stands, and what was not met."""
+        document = super().to_dict()
+        if self.artifact is not None:
+            document["artifact"] = str(self.artifact)
+            document["unmet"] = [{"gate": gate, "measured": measured} for gate, measured in self.unmet]
+        return document
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -55,6 +55,39 @@ class CalibrationSpec(Params, frozen=True, kw_only=True):
     ] = True
 
 
+class EvaluationSpec(Params, frozen=True, kw_only=True):
+    """What gates are measured with, and how."""
+
+    data: Annotated[
+        str | None,
+        Meta(
+            description="Test data for metrics of quality: a .txt, .jsonl, .csv or .parquet file, or "
+            "hf:NAME[/CONFIG][:SPLIT]."
+        ),
+    ] = None
+    task: Annotated[
+        str | None,
+        Meta(
+            description="perplexity, multiple-choice, generate, classify, similarity or retrieval; what fits the "
+            "metrics, the model and the columns when left out."
+        ),
+    ] = None
+    columns: Annotated[
+        dict[str, str], Meta(description="Columns by their role in the task, where they have unusual names.")
+    ] = msgspec.field(default_factory=dict[str, str])
+    samples: Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="Samples to use; all when left out.")] = None
+    length: Annotated[
+        Annotated[int, Meta(ge=2)] | None,
+        Meta(description="Tokens of a window of running text; 512, or what the context has room for, when left out."),
+    ] = None
+    max_new_tokens: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Tokens to generate for an answer; the longest answer's, and 8, when left out."),
+    ] = None
+    confidence: Annotated[float, Meta(gt=0, lt=1, description="Confidence of the intervals.")] = 0.95
+    repeats: Annotated[int, Meta(ge=1, description="How often speed, load time and memory are measured.")] = 5
+
+
 class Step(msgspec.Struct, frozen=True):
     """A pass or an export with its raw parameters: in a recipe `- gptq: {bits: 4}`, or just `- gptq`."""
 
@@ -69,6 +102,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     calibration: CalibrationSpec | None = None
     passes: tuple[Step, ...] = ()
     exports: tuple[Step, ...] = ()
+    gates: tuple[str, ...] = ()
+    evaluation: EvaluationSpec | None = None
     seed: int = 0
     threads: int | None = None
 
@@ -81,6 +116,12 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             data["calibration"] = _without_none(msgspec.to_builtins(self.calibration))
         data["passes"] = [{step.name: step.params} if step.params else step.name for step in self.passes]
         data["exports"] = [{step.name: step.params} if step.params else step.name for step in self.exports]
+        if self.gates:
+            data["gates"] = list(self.gates)
+        if self.evaluation is not None:
+            usual = msgspec.to_builtins(EvaluationSpec())
+            given = msgspec.to_builtins(self.evaluation)
+            data["evaluation"] = {key: value for key, value in given.items() if value != usual[key]}
         if self.seed:
             data["seed"] = self.seed
         if self.threads is not None:

@@ -129,11 +129,13 @@ def _report(error: BaseException, *, verbose: bool, as_json: bool) -> int:
     if isinstance(error, BrokenPipeError):
         _drop_stdout()
         return ExitCode.FAILED
+    from .cli.annotations import annotate
     from .cli.failures import understood
 
     known = understood(error)
     if known is not None:
         _write(str(known), known.to_dict() if as_json else None)
+        annotate(known)
         return known.exit_code
     summary = f"internal error: {type(error).__name__}: {error}".strip().partition("\n")[0]
     hint = "this is a defect of llmopt" + ("" if verbose else "; run it again with -v for the traceback")

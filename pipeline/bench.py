@@ -11,11 +11,13 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from ..core.ends import undone_by
 from ..core.errors import LlmoptError, UsageError
 from ..core.progress import Reporter
+from ..core.runtime import Runtime
 from ..models.locate import read_config
 from .artifact import Artifact, open_artifact
 from .batching import fixed
@@ -73,11 +75,11 @@ def bench(
     if data is not None:
         options["input"] = data
     texts = [_texts(artifact, data, column) for artifact in artifacts]
-    workers: list[_Worker] = []
+    workers: list[Worker] = []
     with ExitStack() as started:
         with reporter.step("measuring", (repeats + 2) * len(artifacts)) as step:
             for artifact, own in zip(artifacts, texts, strict=True):
-                workers.append(started.enter_context(_working(artifact, options, own)))
+                workers.append(started.enter_context(working(artifact.directory, artifact.runtime(), options, own)))
                 step.advance(detail=f"loaded {artifact.directory}")
             rounds: list[list[dict[str, Any]]] = []
             for index in range(repeats + 1):
@@ -93,17 +95,17 @@ def bench(
 
 
 @dataclass(frozen=True, slots=True)
-class _Texts:
+class Texts:
     """Texts as tokens, in batches; none for made-up ones."""
 
     batches: list[list[Encoded]]
     padding: int = 0
 
 
-def _texts(artifact: Artifact, data: str | None, column: str | None) -> _Texts:
+def _texts(artifact: Artifact, data: str | None, column: str | None) -> Texts:
     """Read the first texts of a file with the artifact's own tokenizer."""
     if data is None:
-        return _Texts([])
+        return Texts([])
     from ..models.text import load_tokenizer
 
     config = read_config(artifact.directory)
@@ -121,13 +123,13 @@ def _texts(artifact: Artifact, data: str | None, column: str | None) -> _Texts:
     if not rows:
         raise UsageError(f"`{data}` holds no texts", hint="name a file with texts in it")
     padding = getattr(tokenizer, "pad_token_id", None)
-    return _Texts([[rows[at] for at in batch] for batch in fixed([len(row.ids) for row in rows], _BATCH)], padding or 0)
+    return Texts([[rows[at] for at in batch] for batch in fixed([len(row.ids) for row in rows], _BATCH)], padding or 0)
 
 
 @contextmanager
-def _working(artifact: Artifact, options: dict[str, Any], texts: _Texts) -> Generator[_Worker]:
+def working(directory: Path, runtime: Runtime, options: dict[str, Any], texts: Texts) -> Generator[Worker]:
     """Have a process with an artifact loaded; it is ended however this ends."""
-    worker = _Worker(artifact, options, texts.padding)
+    worker = Worker(directory, runtime, options, texts.padding)
     with undone_by(worker.kill):
         try:
             worker.load(texts)
@@ -136,17 +138,16 @@ def _working(artifact: Artifact, options: dict[str, Any], texts: _Texts) -> Gene
             worker.close()
 
 
-class _Worker:
-    """An artifact loaded in a process of its own, so that its memory and its load time are its own."""
+class Worker:
+    """An artifact in a process of its own, so that its memory and its load time are its own."""
 
-    def __init__(self, artifact: Artifact, options: dict[str, Any], padding: int) -> None:
-        runtime = artifact.runtime()
-        self._artifact = artifact
+    def __init__(self, directory: Path, runtime: Runtime, options: dict[str, Any], padding: int) -> None:
+        self._directory = directory
         self._runtime = runtime.version()
         environment = dict(os.environ)
         if options["threads"] is not None:
             environment["OMP_NUM_THREADS"] = str(options["threads"])
-        arguments = {"directory": str(artifact.directory), "runtime": runtime.name, "padding": padding, **options}
+        arguments = {"directory": str(directory), "runtime": runtime.name, "padding": padding, **options}
         self._process = subprocess.Popen(  # noqa: S603  (our own module)
             [sys.executable, "-m", "llmopt.pipeline.bench_worker", json.dumps(arguments)],
             stdin=subprocess.PIPE,
@@ -155,11 +156,11 @@ class _Worker:
             text=True,
             env=environment,
         )
-        self._load_seconds = 0.0
+        self.load_seconds = 0.0
 
-    def load(self, texts: _Texts) -> None:
+    def load(self, texts: Texts) -> None:
         """Wait until the artifact is loaded, and hand over the texts."""
-        self._load_seconds = float(self._answer()["load_seconds"])
+        self.load_seconds = float(self._answer()["load_seconds"])
         if texts.batches:
             self._tell(json.dumps([[[text.ids, text.types] for text in batch] for batch in texts.batches]))
 
@@ -169,21 +170,24 @@ class _Worker:
 
     def report(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the medians; of an encoder's batches the latency that half of them, and 95 %, stay below."""
-        directory = self._artifact.directory
+        directory = self._directory
         size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
         names = [name for name in rounds[0] if name != LATENCIES]
         medians = {name: statistics.median(one[name] for one in rounds) for name in names}
         if latencies := sorted(seconds for one in rounds for seconds in one.get(LATENCIES, ())):
             medians |= {f"p{share}_{LATENCIES}": latencies[(len(latencies) - 1) * share // 100] for share in (50, 95)}
-        peak = self._ask("memory")["peak_memory_bytes"]
         return {
             "path": str(directory),
             "runtime": self._runtime,
-            "load_seconds": self._load_seconds,
+            "load_seconds": self.load_seconds,
             "size_bytes": size,
             **medians,
-            "peak_memory_bytes": int(peak),
+            "peak_memory_bytes": self.peak_memory_bytes(),
         }
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most memory that the process has had until now."""
+        return int(self._ask("memory")["peak_memory_bytes"])
 
     def kill(self) -> None:
         """End the process without waiting for it."""
@@ -210,10 +214,10 @@ class _Worker:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 if "error" in answer:
-                    raise LlmoptError(f"`{self._artifact.directory}` cannot be measured", where=str(answer["error"]))
+                    raise LlmoptError(f"`{self._directory}` cannot be measured", where=str(answer["error"]))
                 return answer
         raise LlmoptError(
-            f"`{self._artifact.directory}` cannot be measured",
+            f"`{self._directory}` cannot be measured",
             where=f"the process ended with {self._process.wait()}",
             hint="was it killed for want of memory?",
         )

@@ -154,11 +154,14 @@ class Generation(Job):
         """Continue each text; a runtime generates for one text at a time."""
         return [self._continued(session, text) for text in batch]
 
-    def _continued(self, session: Session, text: Encoded) -> Row:
-        made = session.generate(text.ids, self.new_tokens)
+    def text(self, made: Sequence[int]) -> tuple[str, bool]:
+        """Return generated tokens as text, and whether a token that ends a text is among them."""
         ends = self._ends()
         stop = next((at for at, token in enumerate(made) if token in ends), len(made))
-        return {"text": self.tokenizer.decode(made[:stop], skip_special_tokens=True)}
+        return self.tokenizer.decode(made[:stop], skip_special_tokens=True), stop < len(made)
+
+    def _continued(self, session: Session, text: Encoded) -> Row:
+        return {"text": self.text(session.generate(text.ids, self.new_tokens))[0]}
 
     def _ends(self) -> set[Any]:
         ends: Any = self.config.get("eos_token_id")

@@ -19,6 +19,7 @@ from ..models.locate import context_length, locate
 from ..models.onnx_file import graph_outline
 from ..models.outline import outline
 from ..models.tasks import check_task
+from .gating import plan_gates
 from .grids import check_exports, input_grid, packed_bytes, quantized_layers
 from .materials import check_materials
 from .memory import estimate
@@ -75,11 +76,12 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None) -> Plan:
         for one, before in zip(passes, outlines, strict=False):
             check_materials(one, location, facts, before, recipe.calibration)
     check_exports(exporters, passes, final)
+    gates = plan_gates(recipe, location, facts, final) if recipe.gates else []
     memory = estimate(facts, passes, exporters, recipe.calibration, max_memory)
     return Plan(
         recipe=recipe,
         facts=facts,
-        steps=tuple(_steps(passes, exporters, outlines, traced=location.graph is None)),
+        steps=(*_steps(passes, exporters, outlines, traced=location.graph is None), *gates),
         skips=tuple(_skips(passes, final)),
         peak_bytes=memory.peak_bytes,
         output_bytes=sum(

@@ -10,10 +10,12 @@ import msgspec
 
 from ..core.errors import UsageError, nearest
 from ..core.params import convert
-from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
+from ..core.recipe import CalibrationSpec, EvaluationSpec, ModelSpec, Recipe, Step
 from ..core.threads import DEFAULT
+from ..evaluation.gates import gates_of
+from ..evaluation.metrics import METRICS
 
-_KEYS = ("model", "calibration", "passes", "exports", "seed", "threads")
+_KEYS = ("model", "calibration", "passes", "exports", "gates", "evaluation", "seed", "threads")
 _MAX_BYTES = 256 << 10
 _MAX_NODES = 20_000
 _MAX_DEPTH = 32
@@ -143,7 +145,7 @@ def parse_recipe(raw: Any, *, where: str) -> Recipe:
     if "model" not in data:
         raise UsageError("the recipe names no model", where=where, hint="add a line `model: PATH`")
     model = data["model"]
-    calibration = data.get("calibration")
+    calibration, evaluation = data.get("calibration"), data.get("evaluation")
     seed = data.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UsageError("seed must be a whole number, at least 0", where=where, hint="write for example `seed: 1`")
@@ -159,6 +161,8 @@ def parse_recipe(raw: Any, *, where: str) -> Recipe:
         else convert(calibration, CalibrationSpec, where=f"{where}, calibration"),
         passes=_steps(data.get("passes"), where=f"{where}, passes"),
         exports=_steps(data.get("exports"), where=f"{where}, exports"),
+        gates=gates_of(data.get("gates"), where=f"{where}, gates"),
+        evaluation=None if evaluation is None else convert(evaluation, EvaluationSpec, where=f"{where}, evaluation"),
         seed=seed,
         threads=threads,
     )
@@ -205,7 +209,8 @@ def recipe_schema() -> dict[str, Any]:
         "passes": {name: PASSES.load(name).Params for name in PASSES},
         "exports": {name: EXPORTERS.load(name).Params for name in EXPORTERS},
     }
-    structs = [ModelSpec, CalibrationSpec, *(struct for group in kinds.values() for struct in group.values())]
+    parameters = (struct for group in kinds.values() for struct in group.values())
+    structs = [ModelSpec, CalibrationSpec, EvaluationSpec, *parameters]
     schemas, definitions = msgspec.json.schema_components(structs, ref_template="#/$defs/{name}")
     reference = dict(zip(structs, schemas, strict=True))
 
@@ -229,10 +234,33 @@ def recipe_schema() -> dict[str, Any]:
             "model": {"anyOf": [{"type": "string"}, reference[ModelSpec]]},
             "calibration": reference[CalibrationSpec],
             **{key: steps(group) for key, group in kinds.items()},
+            "gates": _gates_schema(),
+            "evaluation": reference[EvaluationSpec],
             "seed": {"type": "integer", "default": 0, "minimum": 0},
             "threads": {"type": "integer", "default": DEFAULT, "minimum": 1},
         },
         "required": ["model"],
         "additionalProperties": False,
         "$defs": definitions,
+    }
+
+
+def _gates_schema() -> dict[str, Any]:
+    """Return the schema of gates: a mapping from metrics to limits, or a list of texts such as `size_ratio<=0.35`."""
+    limits = {
+        name: {"type": ["number", "string"], "description": f"{metric.about} ({metric.comparison} the limit)"}
+        for name, metric in METRICS.items()
+    }
+    of_one_export = {f"^[\\w-]+:({'|'.join(METRICS)})$": {"type": ["number", "string"]}}
+    return {
+        "description": "Limits that the artifact must meet; otherwise it stands aside, and the run ends with exit 3.",
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": limits,
+                "patternProperties": of_one_export,
+                "additionalProperties": False,
+            },
+            {"type": "array", "items": {"type": "string"}},
+        ],
     }

@@ -19,12 +19,13 @@ from ..calibration.samples import Samples, load_samples
 from ..calibration.source import open_source
 from ..core.errors import UnmetError, UsageError
 from ..core.exports import ExportContext, GraphExporter
-from ..core.manifest import MANIFEST, RUN, ExportRecord, FileRecord, Manifest, Parity, PassRecord
+from ..core.manifest import MANIFEST, RUN, ExportRecord, FileRecord, GateRecord, Manifest, Parity, PassRecord
 from ..core.passes import BlockPass, GraphPass, ModelPass, PassContext, PassResult, SurveyPass
 from ..core.plan import Limits, Plan
 from ..core.processes import is_main, left_alone, world_size
 from ..core.progress import Reporter, Silent
 from ..core.threads import DEFAULT
+from ..evaluation.gates import in_words as gate_in_words
 from ..models.checkpoint import Checkpoint
 from ..models.handle import TorchModel
 from ..models.locate import Location, locate
@@ -35,6 +36,7 @@ from .background import in_background
 from .blocks_done import BlocksDone
 from .card import CARD, license_of, write_card
 from .fingerprint import FINGERPRINT, write_fingerprint
+from .gating import check_test_data, run_gates
 from .graph_reference import graph_reference
 from .kept import KeptSteps, Work, keeping
 from .keys import Keys, uses_samples
@@ -89,7 +91,7 @@ def run_plan(
 
     Raises:
         UsageError: the output must not be replaced, or the model or the data cannot be used.
-        UnmetError: an artifact is not the model that was exported; it lies at `OUTPUT.failed`.
+        UnmetError: an artifact is not the model that was exported, or does not meet a gate; it lies at `OUTPUT.failed`.
         LlmoptError: anything else that went wrong.
     """
     if not is_main():
@@ -105,6 +107,7 @@ def run_plan(
         watched = [Watched(checkpoint.files, checkpoint.sha256), *_watched_text(plan)]
         samples = _load_samples(plan, location, reporter)
         source = _Source(location, checkpoint, samples, watched[0].sha256)
+        check_test_data(plan, location)
         every = passes_of(plan.recipe)
         passes = [one for one in every if not isinstance(one, GraphPass)]
         _check_processes(passes)
@@ -147,11 +150,16 @@ def run_plan(
         kept = _keep_answers(reference, stage.root)
         manifest = _with_card(_manifest(plan, source, records, exports, kept), stage.root)
         _write(manifest, stage.root / MANIFEST)
+        del model, reference
+        if plan.recipe.gates and not _unverified(exports):
+            with recorder.step("gates"):
+                recorder.gates = run_gates(plan, location, exports, stage.root, reporter)
         _write(recorder.finish(), stage.root / RUN)
         readable(stage.root)
         for one in watched:
             one.check()
         _refuse_unmet(exports, stage, output)
+        _refuse_gates(recorder.gates, stage, output)
         stage.commit()
     return manifest
 
@@ -396,11 +404,7 @@ def _judged(name: str, parity: Parity) -> str:
 
 
 def _refuse_unmet(exports: Sequence[ExportRecord], stage: Staging, output: Path) -> None:
-    unmet = [
-        record
-        for record in exports
-        if any(parity is not None and not parity.passed for parity in (record.verification, record.adapted))
-    ]
+    unmet = _unverified(exports)
     if not unmet:
         return
     failed = stage.set_aside()
@@ -408,6 +412,29 @@ def _refuse_unmet(exports: Sequence[ExportRecord], stage: Staging, output: Path)
         f"the artifact is not the model that was exported ({', '.join(record.name for record in unmet)})",
         where="\n".join(map(judged, unmet)),
         hint=f"it lies at {failed} for a look; nothing was written to {output}",
+        artifact=failed,
+    )
+
+
+def _unverified(exports: Sequence[ExportRecord]) -> list[ExportRecord]:
+    return [
+        record
+        for record in exports
+        if any(parity is not None and not parity.passed for parity in (record.verification, record.adapted))
+    ]
+
+
+def _refuse_gates(gates: Sequence[GateRecord], stage: Staging, output: Path) -> None:
+    unmet = [(f"{gate.text} ({gate.export})", gate_in_words(gate)) for gate in gates if gate.verdict != "passed"]
+    if not unmet:
+        return
+    failed = stage.set_aside()
+    raise UnmetError(
+        f"{len(unmet)} of {len(gates)} gates {'was' if len(unmet) == 1 else 'were'} not met",
+        where="\n".join(f"{gate}: {words}" for gate, words in unmet),
+        hint=f"the artifact lies at {failed} for a look; nothing was written to {output}",
+        artifact=failed,
+        unmet=unmet,
     )
 
 

@@ -117,12 +117,16 @@ def install(monkeypatch: Any) -> dict[str, Any]:
         calls["report"] = (arguments, named)
         return {"path": str(arguments[0]) if arguments else "", "load_seconds": 0.25, "size_bytes": 1536, "ratio": 1.5}
 
+    def evaluate(*arguments: Any, **named: Any) -> dict[str, Any]:
+        row = {"metric": "accuracy", "value": 0.5, "low": 0.25, "high": 0.75, "unit": "share", "source": 0.625}
+        return {**report(*arguments, **named), "confidence": 0.95, "metrics": [row]}
+
     modules = {
         "plan": {"make_plan": make_plan},
         "run": {"run_plan": run_plan},
         "recipe": {"load_recipe": lambda path: calls["loaded"], "dump_recipe": dump_recipe, "recipe_schema": dict},
         "verify": {"verify": lambda directory, *, reporter: [record("safetensors")]},
-        "evaluate": {"evaluate": report},
+        "evaluate": {"evaluate": evaluate},
         "bench": {"bench": report},
         "infer": {"infer": report, "InferOptions": dict},
         "inspect": {"inspect": report},
@@ -145,6 +149,12 @@ class Ended(NamedTuple):
 @pytest.fixture
 def pipeline(monkeypatch: Any) -> dict[str, Any]:
     return install(monkeypatch)
+
+
+@pytest.fixture
+def manifest_of() -> Any:
+    """Return the function that makes a manifest of a recipe."""
+    return manifest
 
 
 @pytest.fixture

@@ -261,12 +261,9 @@ def test_eval_and_bench_pass_their_options_on(llmopt, pipeline):
     llmopt("eval", "p", "--data", "d.csv", "--column", "c", "--length", "64", "--limit", "9", "-q")
     arguments, named = pipeline["report"]
     assert arguments == ("p",)
-    assert {name: named[name] for name in ("data", "column", "length", "limit")} == {
-        "data": "d.csv",
-        "column": "c",
-        "length": 64,
-        "limit": 9,
-    }
+    options = named["options"]
+    assert (options.data, options.columns, options.task) == ("d.csv", {"": "c"}, None)
+    assert (options.samples.length, options.samples.limit) == (64, 9)
     llmopt("bench", "p", "--against", "q", "--threads", "2", "--prompt-tokens", "16", "--new-tokens", "4")
     assert pipeline["report"][1]["against"] == "q"
     assert pipeline["report"][1]["prompt_tokens"] == 16

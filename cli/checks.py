@@ -1,0 +1,92 @@
+"""What a build must meet, from the command line, and how its end is told to people and to pipelines."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from ..core.errors import UnmetError, UsageError
+from ..core.processes import is_main
+from ..core.quantities import parse_share
+from ..core.recipe import EvaluationSpec, Recipe
+from .common import parse_columns
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from ..core.errors import LlmoptError
+    from ..core.manifest import Manifest, RunRecord
+    from .building import Build
+    from .render import Screen
+
+
+def with_gates(recipe: Recipe, build: Build) -> Recipe:
+    """Return a recipe with the gates of the command line behind its own, and the test data that it names.
+
+    Raises:
+        UsageError: a gate cannot be read, or test data is named and nothing measured with it.
+    """
+    from ..evaluation.gates import gates_of
+
+    gates = (*recipe.gates, *gates_of(build.gate or [], where="--gate"))
+    given = {
+        "data": build.gate_data,
+        "task": build.gate_task,
+        "columns": None if build.gate_column is None else parse_columns(build.gate_column, "--gate-column"),
+        "confidence": None
+        if build.gate_confidence is None
+        else parse_share(build.gate_confidence, where="--gate-confidence"),
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen and not gates:
+        raise UsageError(f"--gate-{next(iter(chosen)).rstrip('s')} without a gate", hint="add one with --gate TEXT")
+    if not chosen:
+        return replace(recipe, gates=gates)
+    return replace(recipe, gates=gates, evaluation=replace(recipe.evaluation or EvaluationSpec(), **chosen))
+
+
+@contextmanager
+def reported(recipe: Recipe, build: Build, screen: Screen) -> Iterator[None]:
+    """Tell how a build ends: the gates that an artifact did not meet, and every case as JUnit XML where asked for."""
+    try:
+        yield
+    except Exception as error:
+        from .failures import understood
+
+        known = understood(error)
+        aside = known.artifact if isinstance(known, UnmetError) else None
+        if is_main():
+            if aside is not None and not build.json:
+                _show_gates(aside, screen)
+            if known is not None:
+                _write(recipe, build, aside, known)
+        raise
+    if is_main():
+        _write(recipe, build, None if build.dry_run else build.output, None)
+
+
+def _show_gates(artifact: Path, screen: Screen) -> None:
+    from ..pipeline.artifact import read_run
+    from .views import gate_sections
+
+    run = read_run(artifact)
+    sections = gate_sections(run.gates) if run is not None else []
+    if sections:
+        screen.show(sections, {}, summary=True)
+
+
+def _write(recipe: Recipe, build: Build, artifact: Path | None, error: LlmoptError | None) -> None:
+    if build.junit is None:
+        return
+    from ..pipeline.artifact import read_manifest, read_run
+    from .junit import cases_of, write_junit
+
+    manifest: Manifest | None = None
+    run: RunRecord | None = None
+    if artifact is not None:
+        manifest, run = read_manifest(artifact), read_run(artifact)
+    name = f"llmopt {recipe.model.id}" if build.output is None else f"llmopt {build.output}"
+    write_junit(build.junit, name, cases_of(manifest, run, () if build.dry_run else recipe.gates, error), run)

@@ -1,0 +1,229 @@
+"""Gates in a run: refused in the plan, measured after the verification, and an artifact that fails stands aside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import msgspec
+import pytest
+from families import save_sentence_folder
+from helpers import recipe
+from llmopt.core.errors import UnmetError, UsageError
+from llmopt.core.manifest import RUN, RunRecord
+from llmopt.core.progress import Silent
+from llmopt.core.recipe import CalibrationSpec, EvaluationSpec
+from llmopt.pipeline import gating
+from llmopt.pipeline.output import file_records
+from llmopt.pipeline.plan import make_plan
+from llmopt.pipeline.recipe import load_recipe
+from llmopt.pipeline.run import run_plan
+from msgspec.structs import replace
+
+RTN = ("rtn", {"bits": 4, "group_size": 32})
+
+
+class Heard(Silent):
+    def __init__(self):
+        self.said = []
+
+    def note(self, message):
+        self.said.append(message)
+
+    def warn(self, message):
+        self.said.append(f"warning: {message}")
+
+
+def gated(folder, *gates, evaluation=None, **options):
+    spec = None if evaluation is None else EvaluationSpec(**evaluation)
+    return replace(recipe(folder, RTN, **options), gates=gates, evaluation=spec)
+
+
+def run(made, output, reporter=None):
+    manifest = run_plan(make_plan(made), output, force=False, reporter=reporter or Silent())
+    return manifest, read_run(output)
+
+
+def read_run(output):
+    return msgspec.json.decode((output / RUN).read_bytes(), type=RunRecord)
+
+
+def test_gates_that_are_met(family, text, tmp_path):
+    heard = Heard()
+    made = gated(
+        family("llama"),
+        "perplexity_increase<=50%",
+        "size_ratio<=60%",
+        "mean_kl<=1",
+        evaluation={"data": str(text), "length": 24, "samples": 20},
+    )
+    manifest, record = run(made, tmp_path / "out", heard)
+    assert [gate.verdict for gate in record.gates] == ["passed"] * 3
+    assert [gate.against for gate in record.gates] == ["source"] * 3
+    assert [gate.samples for gate in record.gates] == [20, 0, 20]
+    increase = record.gates[0]
+    assert increase.low < increase.value < increase.high <= increase.limit
+    assert any(f"perplexity on {text}, 20 samples, in transformers" in line for line in heard.said)
+    # What is asked for is in the manifest; what was measured, which may differ each time, is not.
+    assert manifest.recipe["gates"] == list(made.gates)
+    assert "verdict" not in (tmp_path / "out" / "llmopt.json").read_text()
+    assert [step.name for step in record.steps][-1] == "gates"
+
+
+def test_a_gate_that_fails_puts_the_artifact_aside(family, text, tmp_path):
+    made = gated(
+        family("llama"),
+        "size_ratio<=1%",
+        "size_ratio<=90%",
+        "top1_agreement>=99.99%",
+        evaluation={"data": str(text), "length": 24, "samples": 20},
+    )
+    with pytest.raises(UnmetError) as unmet:
+        run(made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    aside = tmp_path / "out.failed"
+    assert unmet.value.artifact == aside
+    assert unmet.value.exit_code == 3
+    verdicts = {gate.text: gate.verdict for gate in read_run(aside).gates}
+    assert verdicts["size_ratio<=1%"] == "failed"
+    assert verdicts["size_ratio<=90%"] == "passed"  # all are measured
+    assert "size_ratio<=1% (safetensors): failed" in unmet.value.where
+    assert "size_ratio<=90%" not in unmet.value.where
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.failed"]
+    records = file_records(aside)
+    manifest = json.loads((aside / "llmopt.json").read_text())
+    for name, record in manifest["exports"][0]["files"].items():
+        assert records[name].sha256 == record["sha256"]
+
+
+def test_too_few_samples_leave_a_gate_undecided(family, text, tmp_path):
+    evaluation = {"data": str(text), "length": 24, "samples": 3}
+    with pytest.raises(UnmetError) as unmet:
+        run(gated(family("llama"), "perplexity<=1000000", evaluation=evaluation), tmp_path / "out")
+    (gate,) = read_run(tmp_path / "out.failed").gates
+    assert (gate.verdict, gate.low, gate.high, gate.samples_needed) == ("undecided", None, None, 5)
+    assert "5 would decide" in unmet.value.where
+
+
+def test_a_gate_for_one_export(family, tmp_path):
+    made = gated(family("llama"), "onnx:size_ratio<=1%", "size_ratio<=90%")
+    made = replace(made, exports=(*made.exports, replace(made.exports[0], name="onnx")))
+    with pytest.raises(UnmetError):
+        run(made, tmp_path / "out")
+    found = [(gate.export, gate.text) for gate in read_run(tmp_path / "out.failed").gates]
+    assert found == [("onnx", "onnx:size_ratio<=1%"), ("safetensors", "size_ratio<=90%"), ("onnx", "size_ratio<=90%")]
+
+
+def test_speed_is_measured_in_pairs(family, tmp_path):
+    made = gated(family("llama"), "prefill_speedup>=0.0001", "peak_memory<=64GiB", evaluation={"repeats": 5})
+    _, record = run(made, tmp_path / "out")
+    assert [gate.verdict for gate in record.gates] == ["passed"] * 2
+    assert all(gate.samples == 5 and gate.low <= gate.value <= gate.high for gate in record.gates)
+    assert [gate.against for gate in record.gates] == ["source", None]
+    assert record.gates[1].value > 50e6
+
+
+def test_the_source_is_asked_once_for_all_exports(tmp_path, monkeypatch):
+    save_sentence_folder(tmp_path / "model")
+    data = tmp_path / "pairs.csv"
+    lines = [f"one {n},two {n * n % 7},{n % 5}" for n in range(12)]
+    data.write_text("\n".join(lines) + "\n")
+    asked = []
+    ask_one = gating.ask_one
+    monkeypatch.setattr(gating, "ask_one", lambda *given: asked.append(given[1].name) or ask_one(*given))
+    base = recipe(tmp_path / "model", export=("onnx", {}))
+    exports = (base.exports[0], replace(base.exports[0], name="safetensors"))
+    evaluation = EvaluationSpec(data=str(data))
+    made = replace(base, exports=exports, gates=("spearman_drop<=1%", "spearman>=-1"), evaluation=evaluation)
+    _, record = run(made, tmp_path / "out")
+    assert asked == ["onnx", "source", "safetensors"]
+    assert [gate.verdict for gate in record.gates] == ["passed"] * 4
+    assert {gate.text: gate.value for gate in record.gates}["spearman_drop<=1%"] == pytest.approx(0, abs=1e-6)
+
+
+def test_bad_test_data_is_met_before_the_work(family, tmp_path, monkeypatch):
+    data = tmp_path / "q.jsonl"
+    rows = [{"question": "a", "choices": ["x", "y"], "answer": answer} for answer in (0, 1, 7)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = gated(family("llama"), "accuracy>=10%", evaluation={"data": str(data)})
+    monkeypatch.setattr("llmopt.pipeline.run._run_passes", lambda *_, **__: pytest.fail("the work was begun"))
+    with pytest.raises(UsageError, match="line 3"):
+        run(made, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("gates", "evaluation", "message", "hint"),
+    [
+        (["perplexity<=9"], None, "needs test data", "--gate-data"),
+        (["spearman>=0.8"], "text", "`spearman` cannot be measured of", "perplexity"),
+        (["throughput>=1"], None, "cannot be measured", "decode_speedup"),
+        (["onx:size<=1GiB"], None, "no export `onx`", "safetensors"),
+        (["accuracy>=0.8", "perplexity<=9"], "text", "belong to several tasks", "leave out one"),
+        (["accuracy>=0.8"], "text", "cannot tell which column of", "--column"),
+        (["perplexity<=9"], "nowhere.txt", "no file `nowhere.txt`", ""),
+        (["accuracy>=0.8"], "rows", "cannot tell which column", "answer"),
+    ],
+)
+def test_the_plan_refuses(family, text, tmp_path, gates, evaluation, message, hint):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "a", "choices": ["x", "y"]}\n')
+    data = {"text": str(text), "rows": str(rows)}.get(evaluation, evaluation)
+    task = "multiple-choice" if evaluation == "rows" else None
+    made = gated(family("llama"), *gates, evaluation=None if data is None else {"data": data, "task": task})
+    with pytest.raises(UsageError) as refused:
+        make_plan(made)
+    assert message in refused.value.what
+    assert hint in str(refused.value)
+
+
+def test_the_plan_lists_gates_in_order(family, text):
+    gates = ("size_ratio<=60%", "perplexity_increase<=2%", "load_seconds<=9")
+    plan = make_plan(gated(family("llama"), *gates, evaluation={"data": str(text)}))
+    steps = [step for step in plan.steps if step.kind == "gate"]
+    assert [step.title for step in steps] == list(gates)
+    assert f"perplexity on {text}, against the source" in steps[1].detail
+
+
+def test_calibration_data_as_test_data_is_not_taken_in_silence(family, text, tmp_path):
+    heard = Heard()
+    made = gated(family("llama"), "perplexity<=1000000", evaluation={"data": str(text), "length": 24, "samples": 6})
+    run(replace(made, calibration=CalibrationSpec(data=str(text), samples=2, length=24)), tmp_path / "out", heard)
+    assert any(line.startswith("warning: the gates' test data is the calibration data") for line in heard.said)
+
+
+def test_a_failed_verification_measures_no_gates(family, tmp_path, monkeypatch):
+    from llmopt.pipeline import run as module
+
+    def wrong(*given, **named):
+        return replace(compare(*given, **named), passed=False)
+
+    compare = module.compare
+    monkeypatch.setattr(module, "compare", wrong)
+    with pytest.raises(UnmetError, match="not the model that was exported"):
+        run(gated(family("llama"), "size_ratio<=60%"), tmp_path / "out")
+    assert read_run(tmp_path / "out.failed").gates == []
+
+
+def test_a_recipe_says_the_same_either_way(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        'model: m\ngates: {perplexity_increase: "2%", size_ratio: 0.35}\nevaluation: {data: t.txt, confidence: 0.9}\n'
+    )
+    (tmp_path / "b.yaml").write_text(
+        "model: m\ngates:\n  - perplexity_increase<=2%\n  - size_ratio<=0.35\n"
+        "evaluation: {data: t.txt, confidence: 0.9}\n"
+    )
+    first, second = (load_recipe(tmp_path / name) for name in ("a.yaml", "b.yaml"))
+    assert first == second
+    assert first.to_dict()["evaluation"] == {"data": "t.txt", "confidence": 0.9}
+
+
+def test_make_stops(family, text, tmp_path):
+    """The recipe of `after` needs the artifact; a gate that is not met keeps make from going on to it."""
+    command = f"{sys.executable} -m llmopt quantize {family('llama')} -o $@ -q --group-size 32"
+    rules = f"after: good\n\ttouch after\ngood:\n\t{command} --gate 'size_ratio<=$(LIMIT)'\n"
+    (tmp_path / "Makefile").write_text(rules)
+    ended = subprocess.run(["make", "LIMIT=1%"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "Error 3" in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Makefile", "good.failed"]
