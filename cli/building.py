@@ -18,6 +18,8 @@ from ..core.threads import DEFAULT
 from .common import CACHE_PANEL, CacheDir, Force, Json, Quiet, Verbose, cache_settings, open_screen, parse_size
 
 if TYPE_CHECKING:
+    from ..core.manifest import Manifest
+    from ..core.plan import Plan
     from ..pipeline.store import CacheSettings
     from .render import Screen
 
@@ -66,6 +68,23 @@ class Build:
         typer.Option("--save-recipe", metavar="FILE", help="Write the recipe as YAML too.", rich_help_panel=_OUTPUT),
     ] = None
     force: Force = False
+    depfile: Annotated[
+        Path | None,
+        typer.Option(
+            "--depfile",
+            metavar="FILE",
+            help="Write a rule for make and ninja that names every file that was read.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None
+    if_changed: Annotated[
+        bool,
+        typer.Option(
+            "--if-changed",
+            help="Build nothing when DIR is what would be built: the same recipe, inputs and versions, and whole.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -173,7 +192,11 @@ def execute(
     if output is None and not build.dry_run:
         raise UsageError("no output folder given", hint="name one with -o DIR, or use --dry-run to see the plan")
     cache = build.cache()
+    inputs = list(inputs)
     plan = make_plan(recipe, max_memory=None if build.max_memory is None else parse_size(build.max_memory))
+    if output is not None and build.if_changed and not build.dry_run and _is_current(plan, output, screen):
+        _write_depfile(recipe, build, inputs)
+        return
     if output is not None:
         check_output(output, force=build.force or build.dry_run, inputs=[*inputs_of(recipe), *inputs])
     for note in notes:
@@ -189,13 +212,50 @@ def execute(
     manifest = run_plan(plan, output, force=build.force, reporter=screen.reporter, cache=cache)
     if not is_main():
         return
+    _write_depfile(recipe, build, inputs)
+    document = _document(manifest, output)
+    screen.show(manifest_sections(manifest, output, source_bytes=plan.facts.bytes), document, summary=True)
+
+
+def _is_current(plan: Plan, output: Path, screen: Screen) -> bool:
+    """Return whether the artifact is what would be built, and say so, or what is different."""
+    from ..pipeline.artifact import read_manifest
+    from ..pipeline.inputs import why_outdated
+    from ..pipeline.versions import own_version, versions
+
+    why = why_outdated(plan, output, {"llmopt": own_version(), **versions()})
+    manifest = read_manifest(output) if why is None else None
+    if manifest is None:
+        if output.exists():
+            screen.reporter.note(f"{output} is built again: {why}")
+        return False
+    from .render import Lines
+
+    document = {**_document(manifest, output), "up_to_date": True}
+    screen.show([Lines("", [f"{output} is up to date"])], document, summary=True)
+    return True
+
+
+def _document(manifest: Manifest, output: Path) -> dict[str, Any]:
+    """Return what `--json` prints of an artifact that was built."""
     import msgspec
 
     from ..pipeline.artifact import read_run
 
-    run = msgspec.to_builtins(read_run(output))
-    document = {"directory": str(output), **msgspec.to_builtins(manifest), "run": run}
-    screen.show(manifest_sections(manifest, output, source_bytes=plan.facts.bytes), document, summary=True)
+    return {
+        "directory": str(output),
+        **msgspec.to_builtins(manifest),
+        "run": msgspec.to_builtins(read_run(output)),
+    }
+
+
+def _write_depfile(recipe: Recipe, build: Build, inputs: Iterable[Path]) -> None:
+    if build.depfile is None or build.output is None:
+        return
+    from ..core.manifest import MANIFEST
+    from ..pipeline.inputs import input_files, write_depfile
+
+    write_depfile(build.depfile, build.output / MANIFEST, sorted({*input_files(recipe), *inputs}))
 
 
 def default_output(recipe: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..core.untrusted import check_links
 from .sentence import MODULES
 
-_PATTERNS = ("*.json", "vocab*.txt", "merges.txt", "*.model", "*.jinja", "*.tiktoken")
+PATTERNS = ("*.json", "vocab*.txt", "merges.txt", "*.model", "*.jinja", "*.tiktoken")
 _OTHERS = frozenset(
     {
         "model.safetensors.index.json",
@@ -32,7 +32,7 @@ def side_files(folder: Path, *, with_config: bool = False, with_code: bool = Fal
         with_code: Python files as well.
     """
     others = _OTHERS if with_config else _OTHERS | {"config.json"}
-    patterns = (*_PATTERNS, "*.py") if with_code else _PATTERNS
+    patterns = (*PATTERNS, "*.py") if with_code else PATTERNS
     found = {path for pattern in patterns for path in folder.glob(pattern)}
     return sorted(path for path in found if path.is_file() and path.name not in others)
 

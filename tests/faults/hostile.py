@@ -123,14 +123,14 @@ def _edit(dice: Random, document: Any) -> Any:
     return document
 
 
-def _places(document: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield (holder, key) of every value in a document."""
-    if not isinstance(document, dict | list):
+def _places(document: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
+    """Yield (holder, key) of every value in a document, down to some depth."""
+    if not isinstance(document, dict | list) or depth > 20:
         return
     for key, value in document.items() if isinstance(document, dict) else enumerate(document):
         yield document, key
         if isinstance(value, dict) or (isinstance(value, list) and len(value) < 100):
-            yield from _places(value)
+            yield from _places(value, depth + 1)
 
 
 def damaged(data: bytes) -> Any:
