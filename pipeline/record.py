@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +50,7 @@ class Recorder:
         made.peak_memory_bytes = now if (now := largest_bytes()) > largest else max(seen, default=now)
         self.steps.append(made)
 
-    def finish(self, inputs: list[InputRecord]) -> RunRecord:
+    def finish(self, inputs: Sequence[InputRecord] = ()) -> RunRecord:
         """Return the record of the run so far, which read `inputs`."""
         import torch
 
@@ -63,7 +63,7 @@ class Recorder:
             threads=torch.get_num_threads(),
             steps=self.steps,
             gates=self.gates,
-            inputs=inputs,
+            inputs=list(inputs),
         )
 
 
