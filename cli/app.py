@@ -25,6 +25,8 @@ COMMANDS = {
     "bench": "Measure load time, speed and memory of a model or an artifact.",
     "report": "Write what is known of artifacts as a page or a model card.",
     "compare": "Show in what two artifacts differ.",
+    "push": "Send an artifact to the Hugging Face hub.",
+    "pull": "Fetch an artifact from the Hugging Face hub.",
     "inspect": "Show what a model or an artifact is made of.",
     "passes": "List the passes and exporters, or describe one.",
     "cache": "Show or remove the results of passes that are kept for later runs.",

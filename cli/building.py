@@ -20,6 +20,8 @@ from .checks import reported, with_gates
 from .common import CACHE_PANEL, CacheDir, Force, Json, Quiet, Verbose, cache_settings, open_screen
 
 if TYPE_CHECKING:
+    from ..core.manifest import Manifest, RunRecord
+    from ..core.plan import Plan
     from ..pipeline.store import CacheSettings
     from .render import Screen
 
@@ -124,6 +126,23 @@ class Build:
             rich_help_panel=_OUTPUT,
         ),
     ] = None
+    depfile: Annotated[
+        Path | None,
+        typer.Option(
+            "--depfile",
+            metavar="FILE",
+            help="Write a rule for make and ninja that names every file that was read.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None
+    if_changed: Annotated[
+        bool,
+        typer.Option(
+            "--if-changed",
+            help="Build nothing when DIR is what would be built: the same recipe, inputs and versions, and whole.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -237,7 +256,11 @@ def _execute(recipe: Recipe, build: Build, screen: Screen, *, inputs: Iterable[P
     if output is None and not build.dry_run:
         raise UsageError("no output folder given", hint="name one with -o DIR, or use --dry-run to see the plan")
     cache = build.cache()
+    inputs = list(inputs)
     plan = make_plan(recipe, max_memory=None if build.max_memory is None else parse_size(build.max_memory))
+    if output is not None and build.if_changed and not build.dry_run and _is_current(plan, output, screen):
+        _write_depfile(recipe, build, inputs)
+        return
     if output is not None:
         check_output(output, force=build.force or build.dry_run, inputs=[*inputs_of(recipe), *inputs])
     for note in notes:
@@ -248,20 +271,53 @@ def _execute(recipe: Recipe, build: Build, screen: Screen, *, inputs: Iterable[P
     if output is None or build.dry_run:
         screen.show(plan_sections(plan), plan.to_dict())
         return
+    from ..pipeline.artifact import read_run
     from ..pipeline.run import run_plan
 
     manifest = run_plan(plan, output, force=build.force, reporter=screen.reporter, cache=cache)
     if not is_main():
         return
+    _write_depfile(recipe, build, inputs)
+    run = read_run(output)
+    sections = manifest_sections(
+        manifest, output, source_bytes=plan.facts.bytes, gates=[] if run is None else run.gates
+    )
+    screen.show(sections, _document(manifest, output, run), summary=True)
+
+
+def _is_current(plan: Plan, output: Path, screen: Screen) -> bool:
+    """Return whether the artifact is what would be built, and say so, or what is different."""
+    from ..pipeline.artifact import read_manifest, read_run
+    from ..pipeline.inputs import why_outdated
+    from ..pipeline.versions import own_version, versions
+
+    why = why_outdated(plan, output, {"llmopt": own_version(), **versions()})
+    manifest = read_manifest(output) if why is None else None
+    if manifest is None:
+        if output.exists():
+            screen.reporter.note(f"{output} is built again: {why}")
+        return False
+    from .render import Lines
+
+    document = {**_document(manifest, output, read_run(output)), "up_to_date": True}
+    screen.show([Lines("", [f"{output} is up to date"])], document, summary=True)
+    return True
+
+
+def _document(manifest: Manifest, output: Path, run: RunRecord | None) -> dict[str, Any]:
+    """Return what `--json` prints of an artifact that was built."""
     import msgspec
 
-    from ..pipeline.artifact import read_run
+    return {"directory": str(output), **msgspec.to_builtins(manifest), "run": msgspec.to_builtins(run)}
 
-    run = read_run(output)
-    document = {"directory": str(output), **msgspec.to_builtins(manifest), "run": msgspec.to_builtins(run)}
-    gates = [] if run is None else run.gates
-    sections = manifest_sections(manifest, output, source_bytes=plan.facts.bytes, gates=gates)
-    screen.show(sections, document, summary=True)
+
+def _write_depfile(recipe: Recipe, build: Build, inputs: Iterable[Path]) -> None:
+    if build.depfile is None or build.output is None:
+        return
+    from ..core.manifest import MANIFEST
+    from ..pipeline.inputs import input_files, write_depfile
+
+    write_depfile(build.depfile, build.output / MANIFEST, sorted({*input_files(recipe), *inputs}))
 
 
 def default_output(recipe: Path) -> Path:

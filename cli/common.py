@@ -24,7 +24,11 @@ CALIBRATION_PANEL = "Calibration"
 CACHE_PANEL = "Cache"
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML; `llmopt schema` describes it.")]
+RecipeFiles = Annotated[
+    list[Path], typer.Argument(metavar="RECIPE", help="A recipe in YAML; `llmopt schema` describes it.")
+]
 Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact: a folder with llmopt.json.")]
+Repository = Annotated[str, typer.Argument(metavar="REPO", help="A repository of the hub: org/name.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a hub id.")]
 ModelOrArtifact = Annotated[str, typer.Argument(metavar="PATH", help="A model folder, a hub id or an artifact.")]
 TextSpec = Annotated[

@@ -194,6 +194,18 @@ class GateRecord(msgspec.Struct, frozen=True, kw_only=True):
     confidence: float | None = None
 
 
+class InputRecord(msgspec.Struct, frozen=True):
+    """A file that was read: its size, when it was changed last (ns since 1970), and its hash.
+
+    The hash is empty where the manifest has it: of weights, config.json and the calibration file.
+    """
+
+    path: str
+    bytes: int
+    mtime_ns: int
+    sha256: str
+
+
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     """How the run went that made an artifact.
 
@@ -206,6 +218,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
         threads: how many a computation was divided among.
         steps: in the order in which they ran.
         gates: in the recipe's order.
+        inputs: the files that were read.
     """
 
     started: str
@@ -216,3 +229,4 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     steps: list[StepRecord]
     gates: list[GateRecord] = []
+    inputs: list[InputRecord] = []

@@ -17,7 +17,10 @@ MAX_JSON = 100 << 20
 MAX_VALUES = 4_000_000
 """Values of the largest JSON file; Python takes some 100 bytes for each, whatever they take in the file."""
 
+_MAX_NAME = 255
+_MAX_DEPTH = 64
 _PIECE = 1 << 20
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _COUNTS = (
     (re.compile(r"(layers?|blocks?|experts|depths?|stages)$"), 4096),
     (
@@ -65,13 +68,28 @@ def parse_json(raw: bytes, *, unique: bool = False) -> Any:
     """
     check_values(raw.count(b",") + raw.count(b"[") + raw.count(b"{"))
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique if unique else None)
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique if unique else None)
+        if _SURROGATE.search(raw):
+            json.dumps(document, ensure_ascii=False).encode()  # half a pair is no text, and cannot be written again
+        _check_depth(document)
     except RecursionError:
         raise UnreadableError("it is nested too deeply") from None
     except UnreadableError:
         raise
     except ValueError as error:  # no UTF-8, no JSON, a number of thousands of digits
         raise UnreadableError(" ".join(str(error).split())[:300]) from None
+    return document
+
+
+def _check_depth(document: Any) -> None:
+    """Refuse what is nested so deeply that whatever walks through it by calling itself ends in an error."""
+    level: list[Any] = [document] if isinstance(document, dict | list) else []
+    for _ in range(_MAX_DEPTH):
+        held = (cast("dict[str, Any]", each).values() if isinstance(each, dict) else each for each in level)
+        level = [value for values in held for value in values if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise UnreadableError(f"it is nested more than {_MAX_DEPTH} levels deep")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -156,9 +174,11 @@ def is_plain_name(name: object) -> bool:
 
 def is_inner_path(name: object) -> bool:
     """Return whether `name` is a relative path with `/` that stays in its folder, such as `onnx/model.onnx`, or `.`."""
-    if not isinstance(name, str) or not 0 < len(name.encode("utf-8", "replace")) < 1024 or not name.isprintable():
+    if not isinstance(name, str) or not 0 < len(name) < 1024 or not name.isprintable():
         return False
     path = PurePosixPath(name)
+    if any(len(part.encode()) > _MAX_NAME for part in path.parts):
+        return False
     parted = "\\" in name or ":" in path.parts[0] if path.parts else False  # a path, or a drive, of Windows
     return not path.is_absolute() and ".." not in path.parts and not parted
 

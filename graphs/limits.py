@@ -11,12 +11,13 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import LlmoptError
 
-MAX_MESSAGES = 4_000_000
+MAX_MESSAGES = 3_000_000
 """Nodes, tensors, attributes, names and whatever else a graph consists of."""
 
 MAX_NODES = 400_000
@@ -138,7 +139,7 @@ class _Walk:
         constants = dict(outer) if depth else outer
         for field in self._fields(graph.start, graph.stop):
             if field.number == 1:
-                nodes.append(field)
+                self._add_node(nodes, field)
             elif field.number == 5:
                 name, value = self._tensor(field)
                 if value is not None:
@@ -150,39 +151,39 @@ class _Walk:
         return self._cost(nodes, constants, depth)
 
     def _cost(self, nodes: list[_Field], constants: dict[str, int], depth: int) -> int:
-        self._nodes += len(nodes)
+        return sum(self._node(node, constants, depth) for node in nodes)
+
+    def _add_node(self, nodes: list[_Field], node: _Field) -> None:
+        self._nodes += 1
         if self._nodes > MAX_NODES:
             raise _Refused(f"it has more than {MAX_NODES} nodes")
-        return sum(self._node(node, constants, depth) for node in nodes)
+        nodes.append(node)
 
     def _node(self, node: _Field, constants: dict[str, int], depth: int) -> int:
         """Return what a NodeProto costs: 1 input, 2 output, 4 operator, 5 attribute, 7 domain, 8 overload."""
-        inputs: list[str] = []
-        outputs: list[str] = []
-        attributes: list[_Field] = []
+        first: dict[int, str] = {}
         names = {7: "", 4: "", 8: ""}
+        inner, values = 0, list[int | None]()
         for field in self._fields(node.start, node.stop):
             self._count(field, messages={9, 10}, weights={5})
             if field.number in {1, 2}:
-                (inputs if field.number == 1 else outputs).append(self._text(field))
+                first.setdefault(field.number, self._text(field))
             elif field.number == 5:
-                attributes.append(field)
+                cost, value = self._attribute(field, constants, depth)
+                inner, values = inner + cost, [*values[:1], value]
             elif field.number in names:
                 names[field.number] = self._text(field)
-        found = [self._attribute(attribute, constants, depth) for attribute in attributes]
-        inner = sum(cost for cost, _ in found)
         domain, operator, overload = _domain(names[7]), names[4], names[8]
         if (domain, operator, overload) in self._functions:
             return 1 + inner + self._function((domain, operator, overload), depth)
-        if operator == "Constant" and len(found) == 1 and found[0][1] is not None and outputs:
-            constants[outputs[0]] = found[0][1]
+        if operator == "Constant" and len(values) == 1 and values[0] is not None and 2 in first:
+            constants[first[2]] = values[0]
         if operator == "Loop" and not domain:
-            return 1 + inner * self._repeats(inputs, constants)
+            return 1 + inner * self._repeats(constants.get(first.get(1, "")))
         return 1 + inner
 
-    def _repeats(self, inputs: list[str], constants: dict[str, int]) -> int:
+    def _repeats(self, known: int | None) -> int:
         """Return how often a Loop repeats; one that decides while it runs may do so for ever."""
-        known = constants.get(inputs[0]) if inputs else None
         if known is None:
             raise _Refused("a Loop has no fixed number of repetitions, so nothing tells whether it ends")
         return max(1, known)
@@ -196,7 +197,7 @@ class _Walk:
             nodes: list[_Field] = []
             for field in self._fields(self._functions[name].start, self._functions[name].stop):
                 if field.number == 7:
-                    nodes.append(field)
+                    self._add_node(nodes, field)
                 else:
                     self._inner(field, 0)
             self._known[name] = min(self._cost(nodes, {}, depth + 1), MAX_EVALUATIONS + 1)
@@ -271,12 +272,9 @@ class _Walk:
             raise _Refused(f"types lie in one another more than {_MAX_TYPES} levels deep")
         if depth > _MAX_TYPES:
             return
-        try:
-            parts = list(self._fields(field.start, field.stop))
-        except _NoMessageError:  # a text
-            return
-        for part in parts:
-            self._inner(part, depth + 1)
+        with suppress(_NoMessageError):  # a text
+            for part in self._fields(field.start, field.stop):
+                self._inner(part, depth + 1)
 
     def _add(self, field: _Field) -> None:
         """Count the bytes of what a library keeps in objects of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from ..core.quantized import Grid
 
 _AGAIN = "fetch or export the graph again"
+_MAX_DIMENSIONS = 64
+_MAX_ELEMENTS = 1 << 48
 _SMALL = 1024
 """Constants of up to so many elements are read with the graph."""
 
@@ -86,13 +89,14 @@ def open_graph(path: Path) -> ir.Model:
     check_graph_file(path)
     try:
         model = ir.load(path)
-    except (DecodeError, ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError) as error:
+    except (DecodeError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, OSError) as error:
         raise _damaged(path, " ".join(str(error).split())[:300] or type(error).__name__) from None
     if not len(model.graph) or not model.graph.outputs:
         raise _damaged(path, f"it holds {len(model.graph)} nodes and {len(model.graph.outputs)} outputs")
     _check_opset(path, model)
     _check_values(path, model)
     for tensor in external_tensors(model):
+        _check_size(path, tensor)
         _check_external(path, tensor)
     for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
         tensor = value.const_value
@@ -170,11 +174,23 @@ def _is_loose(value: ir.Value) -> bool:
     return value.producer() is None and not value.is_graph_input() and not value.is_initializer()
 
 
+def _check_size(path: Path, tensor: ir.TensorProtocol) -> None:
+    """Refuse a shape that no weights have."""
+    import onnx_ir as ir
+
+    sizes = tensor.shape.numpy()
+    if tensor.dtype == ir.DataType.UNDEFINED:
+        raise _damaged(path, f"`{tensor.name}` has no type")
+    if min(sizes, default=0) < 0 or len(sizes) > _MAX_DIMENSIONS or prod(sizes) > _MAX_ELEMENTS:
+        raise _damaged(path, f"`{tensor.name}` has the shape {list(sizes[:8])}")
+
+
 def _check_inner(path: Path, tensor: ir.TensorProtocol | None) -> None:
     """Refuse weights inside the file that are not of the size they say."""
     import onnx_ir as ir
 
     if isinstance(tensor, ir.TensorProtoTensor):
+        _check_size(path, tensor)
         try:
             size = len(tensor.tobytes())
         except (ValueError, TypeError, LookupError) as error:
@@ -207,7 +223,9 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
 
 def _led_to(place: Path) -> str:
     """Return where a link leads, in words; nothing for a path that is none."""
-    return f", a link to {place.readlink()}" if str(place).isprintable() and place.is_symlink() else ""
+    with suppress(OSError, ValueError):
+        return f", a link to {place.readlink()}" if place.is_symlink() else ""
+    return ""
 
 
 def _damaged(path: Path, why: str) -> LlmoptError:

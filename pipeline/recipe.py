@@ -43,10 +43,11 @@ def load_recipe(path: Path) -> Recipe:
     except OSError as error:
         raise UsageError(f"cannot read the recipe `{path}`", where=error.strerror, hint=_WRITE_ONE) from None
     try:
-        root = cast("Any", yaml).compose(text, yaml.SafeLoader)
+        loader: Any = yaml.SafeLoader(text)
+        root = loader.get_single_node()
         _Nodes(str(path)).count(root, 0)
         _refuse_repeated(root, str(path))
-        raw = yaml.safe_load(text)
+        raw = None if root is None else loader.construct_document(root)
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         where = str(error).replace('"<unicode string>"', "the recipe")
         raise UsageError(f"`{path}` is not valid YAML", where=where[:2000], hint="mend the recipe there") from None

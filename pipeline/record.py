@@ -6,12 +6,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..core.manifest import GateRecord, RunRecord, StepRecord
+from ..core.manifest import GateRecord, InputRecord, RunRecord, StepRecord
 from .machine import machine
 
 _INTERVAL = 0.05
@@ -50,8 +50,8 @@ class Recorder:
         made.peak_memory_bytes = now if (now := largest_bytes()) > largest else max(seen, default=now)
         self.steps.append(made)
 
-    def finish(self) -> RunRecord:
-        """Return the record of the run so far."""
+    def finish(self, inputs: Sequence[InputRecord] = ()) -> RunRecord:
+        """Return the record of the run so far, which read `inputs`."""
         import torch
 
         return RunRecord(
@@ -63,6 +63,7 @@ class Recorder:
             threads=torch.get_num_threads(),
             steps=self.steps,
             gates=self.gates,
+            inputs=list(inputs),
         )
 
 

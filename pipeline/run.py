@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +36,7 @@ from .card import CARD, license_of, write_card
 from .fingerprint import FINGERPRINT, write_fingerprint
 from .gating import check_test_data, run_gates
 from .graph_reference import graph_reference
+from .inputs import check_unchanged, input_records
 from .kept import KeptSteps, Work, keeping
 from .keys import Keys, uses_samples
 from .lowering import export_graph, graph_passes
@@ -50,18 +49,8 @@ from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
 from .store import CacheSettings, open_store
 from .sweep import run_sweep
 from .threads import fixed_threads
+from .versions import own_version, versions
 from .watched import Watched
-
-_VERSIONED = (
-    "torch",
-    "transformers",
-    "compressed-tensors",
-    "onnx",
-    "onnx-ir",
-    "onnxruntime",
-    "onnxruntime-genai",
-    "openvino",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +91,7 @@ def run_plan(
         staging(output, force=force, inputs=inputs_of(plan.recipe)) as stage,
         ExitStack() as behind,
     ):
+        inputs = in_background(partial(input_records, plan.recipe))
         location = locate(plan.recipe.model)
         checkpoint = Checkpoint(location.folder) if location.graph is None else GraphSource(location, plan.facts)
         watched = [Watched(checkpoint.files, checkpoint.sha256), *_watched_text(plan)]
@@ -154,12 +144,12 @@ def run_plan(
         if plan.recipe.gates and not _unverified(exports):
             with recorder.step("gates"):
                 recorder.gates = run_gates(plan, location, exports, stage.root, reporter)
-        _write(recorder.finish(), stage.root / RUN)
+        check_unchanged(record for record in inputs() if record.sha256)  # the others are watched
+        _write(recorder.finish(inputs()), stage.root / RUN)
         readable(stage.root)
         for one in watched:
             one.check()
-        _refuse_unmet(exports, stage, output)
-        _refuse_gates(recorder.gates, stage, output)
+        _refuse(exports, recorder.gates, stage, output)
         stage.commit()
     return manifest
 
@@ -403,6 +393,16 @@ def _judged(name: str, parity: Parity) -> str:
     return f"{name} in {parity.runtime}: {in_words(parity)}; allowed {allowed}"
 
 
+def _refuse(exports: Sequence[ExportRecord], gates: Sequence[GateRecord], stage: Staging, output: Path) -> None:
+    """Set an artifact aside that is not the model, or does not meet a gate.
+
+    Raises:
+        UnmetError: it says what, and where it lies.
+    """
+    _refuse_unmet(exports, stage, output)
+    _refuse_gates(gates, stage, output)
+
+
 def _refuse_unmet(exports: Sequence[ExportRecord], stage: Staging, output: Path) -> None:
     unmet = _unverified(exports)
     if not unmet:
@@ -462,7 +462,7 @@ def _manifest(
 ) -> Manifest:
     samples = source.samples
     return Manifest(
-        llmopt=version("llmopt"),
+        llmopt=own_version(),
         recipe=plan.recipe.to_dict(),
         seed=plan.recipe.seed,
         source={
@@ -485,17 +485,12 @@ def _manifest(
             "documents": samples.documents,
             "sha256": samples.sha256,
         },
-        versions={"python": platform.python_version(), **_versions()},
+        versions=versions(),
         passes=passes,
         exports=exports,
         files=files,
         limits={"batch_tokens": plan.limits.batch_tokens, "statistics_bytes": plan.limits.statistics_bytes},
     )
-
-
-def _versions() -> dict[str, str]:
-    """Return the versions of the libraries that are installed."""
-    return {each.metadata["Name"].lower(): each.version for name in _VERSIONED for each in distributions(name=name)}
 
 
 def _write(record: msgspec.Struct, path: Path) -> None:
