@@ -109,7 +109,7 @@ class BlocksDone:
 
     def seconds(self) -> float:
         """Return what the blocks of the earlier run took."""
-        return sum(one.seconds for one in self.finished)
+        return sum((one.seconds for one in self.finished), 0.0)
 
 
 def _nothing() -> None:
