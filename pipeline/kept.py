@@ -72,12 +72,24 @@ class KeptSteps:
         scratch: a folder that vanishes with the run.
         model: what the recipe named, for those who look at the store.
         reporter: is told what was taken from the store.
+        spoiled: tells whether what the keys stand for has changed meanwhile; then nothing of this run is kept.
     """
 
-    def __init__(self, store: Store | None, keys: Keys, scratch: Path, model: str, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        store: Store | None,
+        keys: Keys,
+        scratch: Path,
+        model: str,
+        reporter: Reporter,
+        *,
+        spoiled: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._store, self._keys, self._scratch, self._model, self._reporter = store, keys, scratch, model, reporter
         self._limit = 0 if store is None else store.limit()
+        self._spoiled = spoiled
         self._entries: list[Entry] = []
+        self._built: list[Entry] = []
         self._unfinished: list[Entry] = []
         self._finishing: list[Callable[[], None]] = []
         self._steps = 0
@@ -108,9 +120,11 @@ class KeptSteps:
             for finish in self._finishing if wait else ():
                 self._carefully(finish)
         finally:
+            spoiled = self._built if self._built and self._spoiled() else []
             for entry in self._entries:
-                entry.close()
-            for entry in self._unfinished:
+                if entry not in spoiled:
+                    entry.close()
+            for entry in [*self._unfinished, *spoiled]:
                 entry.remove()
         if wait and self._store is not None and self._entries:
             self._store.prune(self._store.limit())
@@ -146,6 +160,7 @@ class KeptSteps:
         if resumed:
             blocks = "1 finished block" if resumed == 1 else f"{resumed} finished blocks"
             self._reporter.note(f"{title}: going on after {blocks}, {seconds(saved)} saved")
+        self._built.append(entry)
         begun = time.monotonic()
         try:
             entry.clear({CHECKPOINTS} if done is None else done.names())
@@ -174,6 +189,7 @@ class KeptSteps:
     def _give_up(self, entry: Entry, error: Exception | None) -> None:
         """Go on without the store, whose disk is full; what lies there already is used until the end of the run."""
         self._entries.remove(entry)
+        self._built.remove(entry)
         self._unfinished.append(entry)
         self._without(error)
 

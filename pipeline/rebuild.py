@@ -58,10 +58,12 @@ def rebuild(directory: Path, *, reporter: Reporter) -> int:
     with scratch("llmopt-rebuild-") as folder:
         again = folder / "artifact"
         try:
-            made = run_plan(plan, again, force=False, reporter=reporter)
+            run_plan(plan, again, force=False, reporter=reporter)
         except UnmetError as error:  # what it set aside goes with the folder
             hint = f"so it was when `{directory}` was built again"
             raise UnmetError(error.what, where=error.where, hint=hint) from None
+        made = read_manifest(again)
+        assert made is not None
         differences = [*_files(root, again, manifest, made), *_records(manifest, made)]
     if differences:
         raise UnmetError(

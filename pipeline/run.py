@@ -116,7 +116,14 @@ def run_plan(
             _warn_of_unused(model, reporter)
             start = Start(location, checkpoint, plan.facts, plan.recipe.calibration, stage.work)
             store = None if cache is None or world_size() > 1 else open_store(cache, reporter)
-            steps = KeptSteps(store, _keys(plan, source), stage.work, plan.recipe.model.id, reporter)
+            steps = KeptSteps(
+                store,
+                _keys(plan, source),
+                stage.work,
+                plan.recipe.model.id,
+                reporter,
+                spoiled=lambda: any(one.changed() for one in watched),
+            )
             behind.enter_context(keeping(steps))
             model, results, context = _run_passes(
                 model, passes, context, plan.limits, start=start, steps=steps, recorder=recorder

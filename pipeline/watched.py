@@ -22,7 +22,7 @@ class Watched:
     def __init__(self, files: Iterable[Path], sha256: Callable[[], str]) -> None:
         self._before = {file: _look(file) for file in files}
         self._sha256 = sha256
-        self._hashed = in_background(lambda: (sha256(), self._changed()))
+        self._hashed = in_background(lambda: (sha256(), self.changed()))
 
     def sha256(self) -> str:
         """Return the hash, once it is known."""
@@ -34,7 +34,7 @@ class Watched:
         Raises:
             LlmoptError: it has others, or it changed before its hash was known.
         """
-        changed = self._changed()
+        changed = self.changed()
         if not changed:
             return
         digest, changed_before = self._hashed()
@@ -47,7 +47,8 @@ class Watched:
             hint="nothing was written: run it again once nobody writes there",
         )
 
-    def _changed(self) -> list[Path]:
+    def changed(self) -> list[Path]:
+        """Return the files that look different now."""
         return [file for file, before in self._before.items() if _look(file) != before]
 
 

@@ -9,7 +9,9 @@ from helpers import recipe
 from llmopt.core.errors import LlmoptError
 from llmopt.core.progress import Silent
 from llmopt.pipeline import run
+from llmopt.pipeline.artifact import read_run
 from llmopt.pipeline.plan import make_plan
+from llmopt.pipeline.store import CacheSettings
 from llmopt.pipeline.watched import Watched
 
 
@@ -21,7 +23,7 @@ def model(family, text, tmp_path, monkeypatch):
     return tmp_path / "model"
 
 
-def build_while(monkeypatch, change):
+def build_while(monkeypatch, change, cache=None):
     """Build an artifact; `change` is called in the midst of it."""
     made = recipe("model", ("gptq", {"group_size": 32}), data="text.txt")
     plan = make_plan(made)
@@ -31,8 +33,9 @@ def build_while(monkeypatch, change):
         change()
         return before(*arguments, **named)
 
-    monkeypatch.setattr(run, "make_reference", meanwhile)
-    return run.run_plan(plan, Path("out"), force=False, reporter=Silent())
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "make_reference", meanwhile)
+        return run.run_plan(plan, Path("out"), force=False, reporter=Silent(), cache=cache)
 
 
 def rewrite(path):
@@ -48,6 +51,19 @@ def flip_last_byte(path):
     data[-1] ^= 1
     path.write_bytes(data)
     os.utime(path, ns=times)
+
+
+def test_nothing_of_it_is_kept(model, tmp_path, monkeypatch):
+    """What was computed of other bytes must not stand in the store under the hash of the first."""
+    cache = CacheSettings(tmp_path / "cache")
+    kept = (model / "model.safetensors").read_bytes()
+    with pytest.raises(LlmoptError, match="was changed while it was read"):
+        build_while(monkeypatch, lambda: flip_last_byte(model / "model.safetensors"), cache)
+    (model / "model.safetensors").write_bytes(kept)
+    build_while(monkeypatch, lambda: None, cache)
+    record = read_run(tmp_path / "out")
+    assert record is not None
+    assert not any(step.cached or step.blocks_resumed for step in record.steps)
 
 
 @pytest.mark.parametrize("name", ["model/model.safetensors", "model/config.json", "text.txt"])
