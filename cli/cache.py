@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import LlmoptError, UsageError, nearest
-from ..core.quantities import parse_size
-from .common import CacheDir, Json, Quiet, Verbose, cache_settings, open_screen
+from .common import CacheDir, Json, Quiet, Verbose, cache_settings, open_screen, parse_size
 
 if TYPE_CHECKING:
     from ..pipeline.store import Store

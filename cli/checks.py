@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from ..core.errors import UnmetError, UsageError
+from ..core.errors import LlmoptError, UnmetError, UsageError
 from ..core.processes import is_main
 from ..core.quantities import parse_share
 from ..core.recipe import EvaluationSpec, Recipe
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from ..core.errors import LlmoptError
     from ..core.manifest import Manifest, RunRecord
     from .building import Build
     from .render import Screen
@@ -58,14 +57,21 @@ def reported(recipe: Recipe, build: Build, screen: Screen) -> Iterator[None]:
 
         known = understood(error)
         aside = known.artifact if isinstance(known, UnmetError) else None
-        if is_main():
-            if aside is not None and not build.json:
-                _show_gates(aside, screen)
-            if known is not None:
-                _write(recipe, build, aside, known)
+        if is_main() and known is not None:
+            _tell(recipe, build, screen, aside, known)
         raise
     if is_main():
         _write(recipe, build, None if build.dry_run else build.output, None)
+
+
+def _tell(recipe: Recipe, build: Build, screen: Screen, artifact: Path | None, error: LlmoptError) -> None:
+    """Show and write what is known of a failed build; what goes wrong with that does not hide why it failed."""
+    try:
+        if artifact is not None and not build.json:
+            _show_gates(artifact, screen)
+        _write(recipe, build, artifact, error)
+    except LlmoptError as other:
+        screen.reporter.warn(other.what)
 
 
 def _show_gates(artifact: Path, screen: Screen) -> None:

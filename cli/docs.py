@@ -24,10 +24,35 @@ _MORE = {
     "export": "Exporters write a format. Each artifact is opened again in its runtime and compared with the model.",
 }
 
+_EVALUATION = """\
+`llmopt eval PATH --data FILE` measures a model or an artifact in its own runtime, and an artifact beside its source on
+the same samples. The task follows from the model and the columns of the data, or is named with `--task`; a column with
+an unusual name with `--column ROLE=NAME`, several that play a role together with `--column choices=A+B+C+D`. A CSV file
+whose first line holds a number has no header: its columns are taken in the order below. `--samples FILE` writes what
+was found of each sample. `--task lm-eval:NAME` runs a task of lm-evaluation-harness where the package `lm_eval` is
+installed.
+
+Intervals come from a bootstrap over samples, with a fixed seed: windows of running text, questions, pairs, queries.
+What compares with the source is drawn in pairs.
+"""
+_GATES = """\
+A gate limits a metric: `--gate "perplexity_increase<=2%"`, or `gates: {{perplexity_increase: "2%"}}` in a recipe; with
+`onnx-genai:decode_speedup>=1.5` for one export alone. It passes when the whole interval lies within the limit, fails
+when it lies outside, and is undecided in between, or with fewer than {fewest} samples. Quality needs test data
+(`--gate-data`, `evaluation: {{data: FILE}}`): calibration text is never taken for it. Speed, load time and memory are
+medians over repeats (`evaluation: {{repeats: 9}}`), of the source in turns with the artifact, each in a process of its
+own. What was measured is in llmopt.run.json. Limits are written `2%`, `0.35`, `500ms`, `2GiB`. `points` are differences
+of shares: `accuracy_drop<=1%` allows 0.80 where the source has 0.81."""
+
 
 def pages() -> dict[str, str]:
     """Return the generated pages by file name."""
-    return {"passes.md": passes_page(catalog()), "commands.md": commands_page(), "recipe.schema.json": schema_page()}
+    return {
+        "passes.md": passes_page(catalog()),
+        "evaluation.md": evaluation_page(),
+        "commands.md": commands_page(),
+        "recipe.schema.json": schema_page(),
+    }
 
 
 def passes_page(entries: Iterable[Entry]) -> str:
@@ -53,6 +78,30 @@ def _entry(entry: Entry) -> str:
         cells = (f"`{item.name}`", item.words, default, item.description)
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def evaluation_page() -> str:
+    """Describe the tasks and the metrics that gates may limit."""
+    from ..evaluation.intervals import FEWEST
+    from ..evaluation.metrics import METRICS
+    from ..pipeline.asking import TASKS
+
+    parts = [_GENERATED, "# Evaluation and gates\n", _EVALUATION, "## Tasks\n"]
+    parts.append("| task | what | columns, and what they are called |\n| --- | --- | --- |")
+    for name, task in TASKS.items():
+        roles = "; ".join(
+            f"{role.name}{'' if role.required else ' (optional)'}: {', '.join(f'`{one}`' for one in role.usual)}"
+            for role in task.roles
+        )
+        parts.append(f"| `{name}` | {task.title} | {roles} |")
+    parts += ["", "## Metrics\n", f"{_GATES.format(fewest=FEWEST)}\n"]
+    parts.append("| metric | what | unit | limit | measured with |\n| --- | --- | --- | --- | --- |")
+    for name, metric in METRICS.items():
+        tasks = ", ".join(metric.tasks) or metric.group
+        source = " and the source" if metric.source else ""
+        unit = metric.unit.replace("_", " ") or "number"
+        parts.append(f"| `{name}` | {metric.about} | {unit} | `{metric.comparison}` | {tasks}{source} |")
+    return "\n".join(parts) + "\n"
 
 
 def commands_page() -> str:

@@ -128,7 +128,7 @@ def _texts(artifact: Artifact, data: str | None, column: str | None) -> Texts:
 
 @contextmanager
 def working(directory: Path, runtime: Runtime, options: dict[str, Any], texts: Texts) -> Generator[Worker]:
-    """Have a process with an artifact loaded; it is ended however this ends."""
+    """Have a process with a model loaded; it is ended however this ends."""
     worker = Worker(directory, runtime, options, texts.padding)
     with undone_by(worker.kill):
         try:
@@ -139,7 +139,7 @@ def working(directory: Path, runtime: Runtime, options: dict[str, Any], texts: T
 
 
 class Worker:
-    """An artifact in a process of its own, so that its memory and its load time are its own."""
+    """A model loaded in a process of its own, so that its memory and its load time are its own."""
 
     def __init__(self, directory: Path, runtime: Runtime, options: dict[str, Any], padding: int) -> None:
         self._directory = directory
@@ -159,7 +159,7 @@ class Worker:
         self.load_seconds = 0.0
 
     def load(self, texts: Texts) -> None:
-        """Wait until the artifact is loaded, and hand over the texts."""
+        """Wait until the model is loaded, and hand over the texts."""
         self.load_seconds = float(self._answer()["load_seconds"])
         if texts.batches:
             self._tell(json.dumps([[[text.ids, text.types] for text in batch] for batch in texts.batches]))
@@ -185,13 +185,13 @@ class Worker:
             "peak_memory_bytes": self.peak_memory_bytes(),
         }
 
-    def peak_memory_bytes(self) -> int:
-        """Return the most memory that the process has had until now."""
-        return int(self._ask("memory")["peak_memory_bytes"])
-
     def kill(self) -> None:
         """End the process without waiting for it."""
         self._process.kill()
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most memory that the process has had until now."""
+        return int(self._ask("memory")["peak_memory_bytes"])
 
     def close(self) -> None:
         """End the process."""

@@ -94,7 +94,7 @@ def _source(artifact: Artifact, task: type[Task], own: Subject, reporter: Report
 
 
 def figures(task: str, found: Found, confidence: float) -> dict[str, Any]:
-    """Return all metrics of a task as plain data."""
+    """Return all metrics of a task as plain data; `source` is what the source has of the same."""
     source = any(name.startswith(SOURCE) for name in found)
     names = list(metrics_of(task, source=source))
     columns = arrays(found)
@@ -104,9 +104,9 @@ def figures(task: str, found: Found, confidence: float) -> dict[str, Any]:
         metric = METRICS[name]
         assert metric.statistic is not None
         low, high = one.interval or (None, None)
-        row = {"metric": name, "value": one.value, "low": low, "high": high, "unit": metric.unit}
-        row["source"] = None if metric.source or not source else metric.statistic(of_source)
-        rows.append(row)
+        beside = None if metric.source or not source else metric.statistic(of_source)
+        interval = {"low": low, "high": high}
+        rows.append({"metric": name, "value": one.value, **interval, "unit": metric.unit, "source": beside})
     return {"confidence": confidence, "metrics": rows}
 
 

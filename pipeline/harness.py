@@ -134,8 +134,8 @@ def _rows(
         ]
         low, high = _interval(values, float(value), confidence) or (None, None)
         label = metric if chosen == "none" else f"{metric} ({chosen})"
-        row = {"metric": f"{task} {label}", "value": float(value), "low": low, "high": high, "unit": "", "source": None}
-        rows.append(row)
+        interval = {"low": low, "high": high}
+        rows.append({"metric": f"{task} {label}", "value": float(value), **interval, "unit": "", "source": None})
     return rows
 
 

@@ -31,7 +31,7 @@ class Perplexity(Task):
 
     name = "perplexity"
     title = "perplexity"
-    roles = (Role("text", ("text", "content", "document", "sentence", "messages")),)
+    roles = (Role("text", ("text", "messages")),)
     together = True
 
     @classmethod

@@ -215,6 +215,8 @@ def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> N
 def inputs_of(recipe: Recipe) -> list[Path]:
     """Return the local files and folders that a recipe reads."""
     named = [recipe.model.id] if recipe.calibration is None else [recipe.model.id, recipe.calibration.data]
+    if recipe.evaluation is not None and recipe.evaluation.data is not None:
+        named.append(recipe.evaluation.data)
     named += [str(step.params[key]) for step in recipe.passes for key in ("data", "teacher") if step.params.get(key)]
     return [path for name in named if (path := Path(name).expanduser()).exists()]
 

@@ -64,23 +64,27 @@ def measure_speed(
     Raises:
         LlmoptError: one of them does not load or does not run.
     """
-    subjects = [own] if source is None else [own, source]
     options = _options(own)
-    fresh = any(_FIGURES[name] in _FRESH for name in names)
-    speeds = any(_FIGURES[name] not in _FRESH for name in names)
-    total = repeats * fresh + (repeats + 1) * speeds
-    rounds: list[list[dict[str, Any]]] = [[{} for _ in subjects] for _ in range(repeats)]
-    with reporter.step("measuring load time, memory and speed for the gates", total * len(subjects)) as step:
-        if fresh:
-            for one in rounds:
-                for place, subject in enumerate(subjects):
-                    one[place] |= _fresh(subject, options)
-                    step.advance(detail=subject.name)
-        if speeds:
-            for one, made in zip(rounds, _speeds(subjects, options, repeats, step), strict=True):
-                for figures, more in zip(one, made, strict=True):
-                    figures.update(more)
+    fresh = _subjects(own, source, [name for name in names if _FIGURES[name] in _FRESH])
+    running = _subjects(own, source, [name for name in names if _FIGURES[name] not in _FRESH])
+    total = repeats * len(fresh) + (repeats + 1) * len(running)
+    rounds: list[list[dict[str, Any]]] = [[{}, {}] for _ in range(repeats)]
+    with reporter.step("measuring load time, memory and speed for the gates", total) as step:
+        for one in rounds:
+            for figures, subject in zip(one, fresh, strict=False):
+                figures.update(_fresh(subject, options))
+                step.advance(detail=subject.name)
+        for one, made in zip(rounds, _speeds(running, options, repeats, step), strict=True):
+            for figures, more in zip(one, made, strict=False):
+                figures.update(more)
     return {name: _measured(name, rounds, confidence) for name in names}
+
+
+def _subjects(own: Subject, source: Subject | None, names: Sequence[str]) -> list[Subject]:
+    """Return the models that metrics need."""
+    if source is not None and any(against_source(name) for name in names):
+        return [own, source]
+    return [own] if names else []
 
 
 def _options(own: Subject) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def _options(own: Subject) -> dict[str, Any]:
     return {"prompt_tokens": min(_PROMPT, room - new - 1), "new_tokens": new, "threads": own.threads}
 
 
-def _worker(subject: Subject, options: dict[str, Any]) -> AbstractContextManager[Worker]:
+def _working(subject: Subject, options: dict[str, Any]) -> AbstractContextManager[Worker]:
     if subject.graph is not None and subject.graph.name != "model.onnx":
         raise LlmoptError(
             f"the speed of `{subject.graph}` cannot be measured",
@@ -103,7 +107,7 @@ def _worker(subject: Subject, options: dict[str, Any]) -> AbstractContextManager
 
 def _fresh(subject: Subject, options: dict[str, Any]) -> dict[str, Any]:
     """Load a model in a new process, let it compute once, and return load time and peak memory."""
-    with _worker(subject, options) as worker:
+    with _working(subject, options) as worker:
         worker.measure()
         return {"load_seconds": worker.load_seconds, "peak_memory_bytes": worker.peak_memory_bytes()}
 
@@ -111,8 +115,10 @@ def _fresh(subject: Subject, options: dict[str, Any]) -> dict[str, Any]:
 def _speeds(
     subjects: Sequence[Subject], options: dict[str, Any], repeats: int, step: Step
 ) -> list[list[dict[str, Any]]]:
+    if not subjects:
+        return [[] for _ in range(repeats)]
     with ExitStack() as stack:
-        workers = [stack.enter_context(_worker(subject, options)) for subject in subjects]
+        workers = [stack.enter_context(_working(subject, options)) for subject in subjects]
         rounds: list[list[dict[str, Any]]] = []
         for _ in range(repeats + 1):
             rounds.append([worker.measure() for worker in workers])

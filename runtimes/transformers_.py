@@ -60,7 +60,8 @@ class TransformersSession(Session):
                 repetition_penalty=1.0,
                 pad_token_id=0,
             )
-        return made[0, len(prompt) :].tolist()
+        start = 1 if self.model.config.is_encoder_decoder else len(prompt)  # a decoder of its own begins anew
+        return made[0, start:].tolist()
 
     def adapt(self, adapter: Path) -> None:
         """Load a folder with peft; see `core.runtime.Session`."""

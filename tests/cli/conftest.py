@@ -73,7 +73,7 @@ def manifest(recipe: Any) -> Manifest:
         llmopt="0.1.0",
         recipe=recipe.to_dict(),
         seed=recipe.seed,
-        source={"architecture": FACTS.architecture},
+        source={"id": FACTS.source, "architecture": FACTS.architecture, "bytes": FACTS.bytes},
         calibration=None,
         versions={},
         passes=[

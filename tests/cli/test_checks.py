@@ -41,7 +41,7 @@ RECIPE = Recipe(model=ModelSpec(id="model"), exports=(Step("safetensors"),), gat
 def unmet(pipeline, manifest_of, monkeypatch):
     """Let runs end with gates that are not met."""
 
-    def run_plan(plan, output, *, force, reporter):
+    def run_plan(plan, output, *, force, reporter, cache):
         aside = Path(f"{output}.failed")
         aside.mkdir()
         (aside / MANIFEST).write_bytes(msgspec.json.encode(manifest_of(plan.recipe)))
@@ -223,3 +223,10 @@ def test_eval_passes_its_options_on(llmopt, pipeline, tmp_path):
     assert (path, options.data, options.task) == ("p", "d.csv", "multiple-choice")
     assert options.columns == {"question": "q", "answer": "a"}
     assert (options.samples.limit, options.confidence, options.write) == (9, 0.9, Path("s.jsonl"))
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_the_verdict(llmopt, unmet, tmp_path):
+    ended = llmopt("quantize", "model", "-o", str(tmp_path / "out"), "--junit", str(tmp_path / "no" / "r.xml"))
+    assert ended.code == 3
+    assert "warning: cannot write the test report" in ended.err
+    assert "error: 2 of 3 gates were not met" in ended.err

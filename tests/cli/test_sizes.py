@@ -1,8 +1,8 @@
 """Amounts of memory as people write them."""
 
 import pytest
+from llmopt.cli.common import parse_size
 from llmopt.core.errors import UsageError
-from llmopt.core.quantities import parse_size
 
 
 @pytest.mark.parametrize(

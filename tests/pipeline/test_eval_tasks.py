@@ -218,3 +218,44 @@ def test_samples_never_overwrite_what_is_read(decoder, tmp_path):
     with pytest.raises(UsageError, match="is what is read"):
         run(decoder[0], data, tmp_path)
     assert json.loads((tmp_path / "samples.jsonl").read_text()) == rows[0]
+
+
+def test_an_encoder_decoder_generates(family, tmp_path):
+    from transformers import AutoModelForSeq2SeqLM
+
+    source = family("t5")
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(source).eval(), load_tokenizer(source)
+    ids = tokenizer(text(1), return_tensors="pt")["input_ids"]
+    made = model.generate(ids, do_sample=False, max_new_tokens=4, min_new_tokens=4)
+    answer = tokenizer.decode(made[0, 1:], skip_special_tokens=True)
+    data = write(tmp_path / "g.jsonl", [{"input": text(1), "target": answer}])
+    report, metrics, _ = run(source, data, tmp_path, samples=TaskOptions(max_new_tokens=4))
+    assert report["task"] == "generate"
+    assert metrics["exact_match"]["value"] == 1
+
+
+def test_a_task_of_the_harness_without_the_harness_is_refused(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmopt.pipeline.harness.find_spec", lambda name: None)
+    with pytest.raises(UsageError) as refused:
+        run(decoder[0], None, tmp_path, task="lm-eval:hellaswag")
+    assert refused.value.hint == "pip install lm_eval"
+
+
+def test_a_task_of_the_harness_agrees_with_ours(decoder, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = [{"question": text(n), "choices": [text(n + k, 2) for k in (50, 91)], "answer": n % 2} for n in range(12)]
+    data = write(tmp_path / "q.jsonl", rows)
+    (tmp_path / "ours.yaml").write_text(
+        "task: ours\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{question}}"\n'
+        'doc_to_target: "{{answer}}"\ndoc_to_choice: "{{choices}}"\nmetric_list: [{metric: acc}]\n'
+    )
+    _, metrics, _ = run(decoder[0], data, tmp_path)
+    report, theirs, found = run(decoder[0], str(tmp_path), tmp_path, task="lm-eval:ours")
+    assert report["samples"] == len(found) == 12
+    assert theirs["ours acc"]["value"] == metrics["accuracy"]["value"]
+    assert theirs["ours acc"]["low"] == metrics["accuracy"]["low"]
+    with pytest.raises(UsageError, match="no task `our`"):
+        run(decoder[0], str(tmp_path), tmp_path, task="lm-eval:our")

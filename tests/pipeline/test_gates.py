@@ -121,7 +121,7 @@ def test_speed_is_measured_in_pairs(family, tmp_path):
     assert [gate.verdict for gate in record.gates] == ["passed"] * 2
     assert all(gate.samples == 5 and gate.low <= gate.value <= gate.high for gate in record.gates)
     assert [gate.against for gate in record.gates] == ["source", None]
-    assert record.gates[1].value > 50e6
+    assert 50e6 < record.gates[1].value < 1e9  # not what this process has
 
 
 def test_the_source_is_asked_once_for_all_exports(tmp_path, monkeypatch):
