@@ -30,6 +30,8 @@ _LOAD = {
 }
 _PACKED = {"gptq", "gptq_v2", "awq"}
 _LOAD_PACKED = 'vllm.LLM("{path}")'
+_USUAL_RANK, _WIDE_RANKS = 16, (32, 64, 128, 256, 320, 512)
+"""The rank of adapters that vLLM loads unasked, and those that it can be asked for."""
 _COMPRESSED = {"auto", "compressed-tensors"}
 _LOAD_DEQUANTIZED = (
     'model = transformers.AutoModel.from_pretrained("{path}", '
@@ -83,7 +85,7 @@ def manifest_sections(
     sections += export_sections(manifest.exports, directory, source_bytes=source_bytes)
     sections += gate_sections(gates)
     calls = [_load(record, directory, manifest) for record in manifest.exports]
-    calls += [call for record in manifest.exports for call in _load_adapter(record, directory)]
+    calls += [call for record in manifest.exports for call in _load_adapter(record, directory, manifest)]
     return [*sections, Lines("To load it", [call for call in calls if call], code=True)]
 
 
@@ -238,11 +240,13 @@ def _load(record: ExportRecord, directory: Path, manifest: Manifest) -> str:
     return call.format(path=(directory / record.directory).as_posix())
 
 
-def _load_adapter(record: ExportRecord, directory: Path) -> list[str]:
+def _load_adapter(record: ExportRecord, directory: Path, manifest: Manifest) -> list[str]:
     if record.adapted is None:
         return []
     base = (directory / record.directory).as_posix()
-    served = f"vllm serve {base} --enable-lora --lora-modules recovered={base}/{FOLDER}"
+    rank = max(one.params.get("lora_rank") or 0 for one in manifest.passes)
+    wide = next((f" --max-lora-rank {size}" for size in _WIDE_RANKS if rank <= size), "") if rank > _USUAL_RANK else ""
+    served = f"vllm serve {base} --enable-lora{wide} --lora-modules recovered={base}/{FOLDER}"
     if record.params.get("format") in _PACKED:
         return [served]
     return [f'peft.PeftModel.from_pretrained(model, "{base}/{FOLDER}")', served]

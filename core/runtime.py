@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .errors import LlmoptError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -38,9 +40,11 @@ class Session:
         """Load a folder of PEFT's beside the model: from now on it computes with the adapter.
 
         Raises:
-            LlmoptError: it does not load.
+            LlmoptError: it does not load, or the engine loads none.
         """
-        raise NotImplementedError
+        raise LlmoptError(
+            f"{type(self).__name__} loads no adapter", where=str(adapter), hint="move it out of the folder of its base"
+        )
 
     def close(self) -> None:
         """Free what the session holds."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..core.activations import QuantizedCache, QuantizedInput
+from ..core.adapter import Adapter
 from ..core.facts import ModelFacts
 from .checkpoint import Checkpoint
 from .store import StoredFile, WorkStore
@@ -31,6 +32,7 @@ class SavedModel(msgspec.Struct, frozen=True, kw_only=True):
         inputs: all layers whose inputs are rounded, and how.
         caches: all attention modules whose keys and values are rounded, and how.
         sparse: all layers whose zeros stay.
+        adapter: what lies beside the weights, its file below the pass's own folder.
     """
 
     facts: ModelFacts
@@ -42,11 +44,13 @@ class SavedModel(msgspec.Struct, frozen=True, kw_only=True):
     inputs: dict[str, QuantizedInput]
     caches: dict[str, QuantizedCache]
     sparse: tuple[str, ...]
+    adapter: Adapter | None = None
 
     def paths(self, place: Path) -> list[Path]:
         """Return the files that are needed to go on from this model, below the pass's folder `place`."""
         rewritten = [] if self.folder is None else [one for one in (place / self.folder).iterdir() if one.is_file()]
-        return [*rewritten, *(place / one.path for one in self.files)]
+        adapter = [] if self.adapter is None else [place / self.adapter.file]
+        return [*rewritten, *(place / one.path for one in self.files), *adapter]
 
 
 def save(before: TorchModel, after: TorchModel, place: Path) -> SavedModel:
@@ -68,6 +72,7 @@ def save(before: TorchModel, after: TorchModel, place: Path) -> SavedModel:
         inputs=dict(after.store.inputs),
         caches=dict(after.store.caches),
         sparse=tuple(sorted(after.store.sparse)),
+        adapter=None if after.adapter is None else _moved(after.adapter, Path(after.adapter.file).relative_to(place)),
     )
 
 
@@ -99,7 +104,12 @@ def restore(before: TorchModel, saved: SavedModel, place: Path) -> TorchModel:
         store=store,
         dtype=saved.dtype,
         untied=saved.untied,
+        adapter=None if saved.adapter is None else _moved(saved.adapter, place / saved.adapter.file),
     )
+
+
+def _moved(adapter: Adapter, file: Path) -> Adapter:
+    return msgspec.structs.replace(adapter, file=file.as_posix())
 
 
 def relative(file: StoredFile, place: Path) -> StoredFile:

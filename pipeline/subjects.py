@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.adapter import CONFIG, FOLDER
 from ..core.errors import LlmoptError
 from ..core.runtime import Runtime, Session
 from ..models.locate import Location, read_config
@@ -66,7 +67,7 @@ class Subject:
         return self._tokenizer
 
     def open(self) -> Session:
-        """Load it; a sentence-transformers folder in transformers pools as its files say.
+        """Load it, with the adapter that lies beside it; a sentence-transformers folder in transformers pools.
 
         Raises:
             LlmoptError: it does not load.
@@ -76,6 +77,9 @@ class Subject:
 
             return OnnxRuntime().open_graph(self.graph, threads=self.threads)
         session = self.runtime.open(self.directory, threads=self.threads)
+        adapter = self.directory / FOLDER
+        if (adapter / CONFIG).is_file():
+            session.adapt(adapter)
         model = getattr(session, "model", None)
         if model is not None and is_sentence_folder(self.folder):
             from ..models.pooling import pool_sentences

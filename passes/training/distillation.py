@@ -132,7 +132,9 @@ def _distill(
     if params.lora_rank and on_grid:
         made = model.with_adapter(_factors(state), alpha=_alpha(params))
         result.metrics["adapted_layers_count"] = len(state) // 2
-        result.notes.append(f"{len(state) // 2} adapters are kept beside the weights, of which {on_grid} are quantized")
+        result.notes.append(
+            f"an adapter of {len(state) // 2} layers stays beside the model, whose {on_grid} quantized layers stay too"
+        )
     elif params.lora_rank:
         made = model.with_parameters(_merged(model, params, state))
     else:

@@ -182,13 +182,28 @@ def test_any_grid_can_lie_below(family, text, tmp_path, rounds):
     assert len(config["target_modules"]) == 4
 
 
+def test_what_is_measured_is_base_and_adapter(family, text, tmp_path):
+    from llmopt.pipeline.artifact import Artifact
+    from llmopt.pipeline.subjects import subject_of
+
+    build(made_with(family("llama"), text), tmp_path / "out")
+    rows = torch.tensor(random_rows(2, 12))
+    session = subject_of(Artifact(tmp_path / "out", None, None, None), name="out").open()
+    got = torch.from_numpy(session.outputs({"input_ids": rows.numpy()})["logits"])
+    base = opened(tmp_path / "out")
+    assert float((got - answers(base, rows)).abs().max()) > 1e-3
+    assert torch.allclose(got, answers(PeftModel.from_pretrained(base, tmp_path / "out" / "adapter"), rows), atol=1e-5)
+
+
 def test_it_is_told_and_reported(family, text, tmp_path):
     from llmopt.cli.views import manifest_sections
     from llmopt.pipeline.loading import snippets
 
     made = build(made_with(family("llama"), text), tmp_path / "out")
     words = str(manifest_sections(made, tmp_path / "out", source_bytes=1))
-    assert f"--lora-modules recovered={tmp_path}/out/adapter" in words
+    assert f"--enable-lora --lora-modules recovered={tmp_path}/out/adapter" in words
+    made.passes[1].params["lora_rank"] = 40
+    assert "--max-lora-rank 64 " in str(manifest_sections(made, tmp_path / "out", source_bytes=1))
     assert "safetensors + adapter" in words
     assert "beside its base" in made.exports[0].notes[0]
     peft, vllm = snippets(made.exports[0], str(tmp_path / "out"), "LlamaForCausalLM")

@@ -306,3 +306,13 @@ def test_what_was_not_used_for_the_longest_goes_when_all_takes_too_much(family, 
     assert len(Store(cache).shown()) == 2
     with pytest.raises(LlmoptError, match="exists already"):
         build(3, limit=2 * one + one // 2)
+
+
+def test_an_adapter_beside_the_weights_is_kept_too(run, family, text):
+    learn = {"data": str(text), "steps": 4, "batch_size": 4, "length": 16, "learning_rate": 1e-2, "lora_rank": 2}
+    made = recipe(family("llama"), ("rtn", {"bits": 2, "group_size": 32}), ("distill", learn))
+    cold, _, _ = run(made)
+    warm, record, told = run(made)
+    assert [step["cached"] for step in record["steps"][:2]] == [True, True], told.notes
+    assert warm == cold == run(made, store=False)[0]
+    assert "adapter/adapter_model.safetensors" in warm
