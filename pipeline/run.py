@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,12 +55,20 @@ from .watched import Watched
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The model that a run starts from, the text it is calibrated on, and what waits for the hash of the checkpoint."""
+    """The model that a run starts from, and the text it is calibrated on.
+
+    Attributes:
+        watched: their files, which must stay as they are until the run has ended; those of the model first.
+    """
 
     location: Location
     checkpoint: Checkpoint | GraphSource
     samples: Samples | None
-    sha256: Callable[[], str]
+    watched: Sequence[Watched]
+
+    def sha256(self) -> str:
+        """Return the hash of the checkpoint, once it is computed."""
+        return self.watched[0].sha256()
 
 
 def run_plan(
@@ -99,19 +107,15 @@ def run_plan(
         ExitStack() as behind,
     ):
         inputs = in_background(partial(input_records, plan.recipe))
-        location = locate(plan.recipe.model)
-        checkpoint = Checkpoint(location.folder) if location.graph is None else GraphSource(location, plan.facts)
-        watched = [Watched(checkpoint.files, checkpoint.sha256), *_watched_text(plan)]
-        samples = _load_samples(plan, location, reporter)
-        source = _Source(location, checkpoint, samples, watched[0].sha256)
+        source = _open_source(plan, reporter)
+        location, checkpoint, samples = source.location, source.checkpoint, source.samples
         if gates:
             check_test_data(plan, location)
         every = passes_of(plan.recipe)
         passes = [one for one in every if not isinstance(one, GraphPass)]
         _check_processes(passes)
         axes = {name: size for one in every if isinstance(one, GraphPass) for name, size in one.fixed_axes().items()}
-        held_out = source.samples.held_out if source.samples else []
-        rows = source.samples.rows if source.samples else []
+        held_out, rows = (samples.held_out, samples.rows) if samples else ([], [])
         context = PassContext(
             seed=plan.recipe.seed, reporter=reporter, statistics_bytes=plan.limits.statistics_bytes, rows=rows
         )
@@ -130,7 +134,7 @@ def run_plan(
                 stage.work,
                 plan.recipe.model.id,
                 reporter,
-                spoiled=lambda: any(one.changed() for one in watched),
+                spoiled=lambda: any(one.changed() for one in source.watched),
             )
             behind.enter_context(keeping(steps))
             model, results, context = _run_passes(
@@ -162,11 +166,18 @@ def run_plan(
         check_unchanged(record for record in inputs() if record.sha256)  # the others are watched
         _write(recorder.finish(inputs()), stage.root / RUN)
         readable(stage.root)
-        for one in watched:
+        for one in source.watched:
             one.check()
         _refuse(exports, recorder.gates, stage, output)
         stage.commit()
     return manifest
+
+
+def _open_source(plan: Plan, reporter: Reporter) -> _Source:
+    location = locate(plan.recipe.model)
+    checkpoint = Checkpoint(location.folder) if location.graph is None else GraphSource(location, plan.facts)
+    watched = [Watched(checkpoint.files, checkpoint.sha256), *_watched_text(plan)]
+    return _Source(location, checkpoint, _load_samples(plan, location, reporter), watched)
 
 
 def _check_processes(passes: Sequence[AnyPass]) -> None:
