@@ -45,7 +45,8 @@ def test_size_prune_and_clear(llmopt, filled, monkeypatch):
     assert llmopt("cache", "list").out.splitlines()[1].strip() == "empty"
 
 
-def test_another_folder(llmopt, tmp_path):
+def test_another_folder(llmopt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert json.loads(llmopt("cache", "size", "--cache-dir", "other", "--json").out)["directory"] == "other"
     assert Path("other/entries").is_dir()
 
