@@ -160,9 +160,8 @@ def run_plan(
         manifest = _with_card(_manifest(plan, source, records, exports, kept), stage.root)
         _write(manifest, stage.root / MANIFEST)
         del model, reference
-        if gates and plan.recipe.gates and not _unverified(exports):
-            with recorder.step("gates"):
-                recorder.gates = run_gates(plan, location, exports, stage.root, reporter)
+        if gates and not _unverified(exports):
+            _measure_gates(plan, location, exports, stage.root, reporter=reporter, recorder=recorder)
         check_unchanged(record for record in inputs() if record.sha256)  # the others are watched
         _write(recorder.finish(inputs()), stage.root / RUN)
         readable(stage.root)
@@ -448,6 +447,20 @@ def _unverified(exports: Sequence[ExportRecord]) -> list[ExportRecord]:
         for record in exports
         if any(parity is not None and not parity.passed for parity in (record.verification, record.adapted))
     ]
+
+
+def _measure_gates(
+    plan: Plan,
+    location: Location,
+    exports: Sequence[ExportRecord],
+    root: Path,
+    *,
+    reporter: Reporter,
+    recorder: Recorder,
+) -> None:
+    if plan.recipe.gates:
+        with recorder.step("gates"):
+            recorder.gates = run_gates(plan, location, exports, root, reporter)
 
 
 def _refuse_gates(gates: Sequence[GateRecord], stage: Staging, output: Path) -> None:
