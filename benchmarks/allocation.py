@@ -20,7 +20,7 @@ from typing import Any
 from llmopt.core.progress import Silent
 from llmopt.core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 from llmopt.pipeline.demo import bundled_model
-from llmopt.pipeline.evaluate import evaluate
+from llmopt.pipeline.measuring.evaluate import evaluate
 from llmopt.pipeline.plan import make_plan
 from llmopt.pipeline.run import run_plan
 from machine import describe

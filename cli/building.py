@@ -22,7 +22,7 @@ from .common import CACHE_PANEL, CacheDir, Force, Json, Quiet, Verbose, cache_se
 if TYPE_CHECKING:
     from ..core.manifest import Manifest, RunRecord
     from ..core.plan import Plan
-    from ..pipeline.store import CacheSettings
+    from ..pipeline.cache.store import CacheSettings
     from .render import Screen
 
 R = TypeVar("R")

@@ -11,7 +11,7 @@ from ..core.errors import LlmoptError, UsageError, nearest
 from .common import CacheDir, Json, Quiet, Verbose, cache_settings, open_screen, parse_size
 
 if TYPE_CHECKING:
-    from ..pipeline.store import Store
+    from ..pipeline.cache.store import Store
     from .render import Section
 
 _ACTIONS = ("list", "size", "prune", "clear")
@@ -53,7 +53,7 @@ def command(
     if max_size is not None and action != "prune":
         raise UsageError(f"--max-size does not apply to {action}", hint="use it with prune")
     limit = None if max_size is None else parse_size(max_size, where="--max-size")
-    from ..pipeline.store import Store
+    from ..pipeline.cache.store import Store
 
     settings = cache_settings(cache_dir)
     try:

@@ -16,7 +16,7 @@ from ..core.quantities import parse_size
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ..pipeline.store import CacheSettings
+    from ..pipeline.cache.store import CacheSettings
     from .render import Screen
 
 _OUTPUT = "Output"
@@ -82,7 +82,7 @@ def cache_settings(folder: Path | None) -> CacheSettings:
     Raises:
         UsageError: LLMOPT_CACHE_SIZE is no size.
     """
-    from ..pipeline.store import CacheSettings, default_folder
+    from ..pipeline.cache.store import CacheSettings, default_folder
 
     written = os.environ.get("LLMOPT_CACHE_SIZE")
     limit = None if not written else 0 if written == "0" else parse_size(written, where="LLMOPT_CACHE_SIZE")

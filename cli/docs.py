@@ -84,7 +84,7 @@ def evaluation_page() -> str:
     """Describe the tasks and the metrics that gates may limit."""
     from ..evaluation.intervals import FEWEST
     from ..evaluation.metrics import METRICS
-    from ..pipeline.asking import TASKS
+    from ..pipeline.measuring.asking import TASKS
 
     parts = [_GENERATED, "# Evaluation and gates\n", _EVALUATION, "## Tasks\n"]
     parts.append("| task | what | columns, and what they are called |\n| --- | --- | --- |")

@@ -70,9 +70,9 @@ def command(
 
         llmopt eval my-llama-int4 --data questions.jsonl --samples answers.jsonl
     """
-    from ..pipeline.asking import EvalOptions
-    from ..pipeline.evaluate import evaluate
-    from ..pipeline.tasks import TaskOptions
+    from ..pipeline.measuring.asking import EvalOptions
+    from ..pipeline.measuring.evaluate import evaluate
+    from ..pipeline.measuring.tasks import TaskOptions
     from .views import evaluation_sections
 
     if data is None and not (task or "").startswith("lm-eval:"):

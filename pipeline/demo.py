@@ -11,7 +11,7 @@ from ..core.manifest import Manifest
 from ..core.progress import Reporter
 from ..core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
 from .bench import bench
-from .evaluate import evaluate
+from .measuring.evaluate import evaluate
 from .output import check_output
 from .plan import make_plan
 from .run import run_plan

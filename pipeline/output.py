@@ -16,7 +16,7 @@ from ..core.errors import UsageError
 from ..core.manifest import MANIFEST, FileRecord
 from ..core.processes import is_main
 from ..core.recipe import Recipe
-from .locks import Lock, lock_file
+from .cache.locks import Lock, lock_file
 
 _PARTIAL, _FORMER = ".partial", ".former"
 _HELPING = ".helping.partial"

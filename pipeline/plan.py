@@ -19,9 +19,9 @@ from ..models.locate import context_length, locate
 from ..models.onnx_file import graph_outline
 from ..models.outline import outline
 from ..models.tasks import check_task
-from .gating import plan_gates
 from .grids import check_exports, input_grid, packed_bytes, quantized_layers
 from .materials import check_materials
+from .measuring.gating import plan_gates
 from .memory import estimate
 from .steps import AnyExporter, AnyPass, check_graph_passes, check_graph_source, exporters_of, passes_of, sweeps
 

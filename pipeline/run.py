@@ -31,22 +31,22 @@ from ..models.onnx_file import GraphSource
 from ..models.text import load_tokenizer
 from .adapted import compare_adapted
 from .background import in_background
-from .blocks_done import BlocksDone
+from .cache.blocks_done import BlocksDone
+from .cache.kept import KeptSteps, Work, keeping
+from .cache.keys import Keys, uses_samples
+from .cache.store import CacheSettings, open_store
 from .card import CARD, license_of, write_card
 from .fingerprint import FINGERPRINT, write_fingerprint
-from .gating import check_test_data, run_gates
 from .graph_reference import graph_reference
 from .inputs import check_unchanged, input_records
-from .kept import KeptSteps, Work, keeping
-from .keys import Keys, uses_samples
 from .lowering import export_graph, graph_passes
 from .materials import Start, with_materials
+from .measuring.gating import check_test_data, run_gates
 from .output import Staging, file_record, file_records, inputs_of, readable, staging
 from .parity import ROWS, Reference, compare, make_reference
 from .parts import source_parts
 from .record import Recorder
 from .steps import AnyExporter, AnyPass, exporters_of, passes_of, sweeps
-from .store import CacheSettings, open_store
 from .sweep import run_sweep
 from .threads import fixed_threads
 from .versions import own_version, versions

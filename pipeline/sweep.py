@@ -30,7 +30,7 @@ from ..models.skeleton import BlockSite, Skeleton
 from ..models.states import States
 from ..models.store import StoredFile
 from ..models.text import batches
-from .blocks_done import BlocksDone, Finished
+from .cache.blocks_done import BlocksDone, Finished
 
 
 def run_sweep(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from llmopt.core.progress import Silent
-from llmopt.pipeline.store import FORMAT, Index, Store
+from llmopt.pipeline.cache.store import FORMAT, Index, Store
 
 
 @pytest.fixture

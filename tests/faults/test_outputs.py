@@ -82,7 +82,7 @@ def test_a_disk_without_locks_stops_nobody(other, tmp_path, monkeypatch):
     def refused(*_):
         raise OSError(95, os.strerror(95))
 
-    monkeypatch.setattr("llmopt.pipeline.locks.fcntl.flock", refused)
+    monkeypatch.setattr("llmopt.pipeline.cache.locks.fcntl.flock", refused)
     assert len(begin(tmp_path / "out")) == 2
     assert other[1].exists()
 

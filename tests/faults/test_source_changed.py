@@ -10,8 +10,8 @@ from llmopt.core.errors import LlmoptError
 from llmopt.core.progress import Silent
 from llmopt.pipeline import run
 from llmopt.pipeline.artifact import read_run
+from llmopt.pipeline.cache.store import CacheSettings
 from llmopt.pipeline.plan import make_plan
-from llmopt.pipeline.store import CacheSettings
 from llmopt.pipeline.watched import Watched
 
 

@@ -184,7 +184,7 @@ def test_any_grid_can_lie_below(family, text, tmp_path, rounds):
 
 def test_what_is_measured_is_base_and_adapter(family, text, tmp_path):
     from llmopt.pipeline.artifact import Artifact
-    from llmopt.pipeline.subjects import subject_of
+    from llmopt.pipeline.measuring.subjects import subject_of
 
     build(made_with(family("llama"), text), tmp_path / "out")
     rows = torch.tensor(random_rows(2, 12))

@@ -12,9 +12,9 @@ from helpers import build, recipe
 from llmopt.core.errors import LlmoptError, UsageError
 from llmopt.core.progress import Silent
 from llmopt.models.text import load_tokenizer
-from llmopt.pipeline.asking import EvalOptions
-from llmopt.pipeline.evaluate import evaluate
-from llmopt.pipeline.tasks import TaskOptions
+from llmopt.pipeline.measuring.asking import EvalOptions
+from llmopt.pipeline.measuring.evaluate import evaluate
+from llmopt.pipeline.measuring.tasks import TaskOptions
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -235,7 +235,7 @@ def test_an_encoder_decoder_generates(family, tmp_path):
 
 
 def test_a_task_of_the_harness_without_the_harness_is_refused(decoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmopt.pipeline.harness.find_spec", lambda name: None)
+    monkeypatch.setattr("llmopt.pipeline.measuring.harness.find_spec", lambda name: None)
     with pytest.raises(UsageError) as refused:
         run(decoder[0], None, tmp_path, task="lm-eval:hellaswag")
     assert refused.value.hint == "pip install lm_eval"

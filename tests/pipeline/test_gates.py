@@ -14,7 +14,7 @@ from llmopt.core.errors import UnmetError, UsageError
 from llmopt.core.manifest import RUN, RunRecord
 from llmopt.core.progress import Silent
 from llmopt.core.recipe import CalibrationSpec, EvaluationSpec
-from llmopt.pipeline import gating
+from llmopt.pipeline.measuring import gating
 from llmopt.pipeline.output import file_records
 from llmopt.pipeline.plan import make_plan
 from llmopt.pipeline.recipe import load_recipe

@@ -11,9 +11,9 @@ import msgspec
 import pytest
 from llmopt.core.manifest import FileRecord
 from llmopt.core.progress import Silent
-from llmopt.pipeline.locks import Lock
-from llmopt.pipeline.sealed import DamagedError, read_sealed, write_sealed
-from llmopt.pipeline.store import FORMAT, INDEX, Index, Store
+from llmopt.pipeline.cache.locks import Lock
+from llmopt.pipeline.cache.sealed import DamagedError, read_sealed, write_sealed
+from llmopt.pipeline.cache.store import FORMAT, INDEX, Index, Store
 
 
 class Notes(Silent):
@@ -140,7 +140,7 @@ def test_the_second_waits_for_the_first_and_finds_what_it_made(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from llmopt.pipeline.locks import Lock
+from llmopt.pipeline.cache.locks import Lock
 lock = Lock(Path(sys.argv[1]))
 assert lock.take()
 print("taken", flush=True)

@@ -12,10 +12,10 @@ from llmopt.core.progress import Silent
 from llmopt.core.recipe import Step
 from llmopt.passes.gptq import Gptq
 from llmopt.passes.training.loop import Loop
-from llmopt.pipeline import keys
+from llmopt.pipeline.cache import keys
+from llmopt.pipeline.cache.store import CacheSettings, Store
 from llmopt.pipeline.plan import make_plan
 from llmopt.pipeline.run import run_plan
-from llmopt.pipeline.store import CacheSettings, Store
 from llmopt.pipeline.sweep import _Sweep
 from msgspec.structs import replace as with_fields
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.adapter import CONFIG, FOLDER
-from ..core.errors import LlmoptError
-from ..core.runtime import Runtime, Session
-from ..models.locate import Location, read_config
-from ..models.sentence import is_sentence_folder
-from ..runtimes import RUNTIMES
-from .artifact import Artifact
+from ...core.adapter import CONFIG, FOLDER
+from ...core.errors import LlmoptError
+from ...core.runtime import Runtime, Session
+from ...models.locate import Location, read_config
+from ...models.sentence import is_sentence_folder
+from ...runtimes import RUNTIMES
+from ..artifact import Artifact
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Subject:
             UsageError: there is none.
         """
         if self._tokenizer is None:
-            from ..models.text import load_tokenizer
+            from ...models.text import load_tokenizer
 
             self._tokenizer = load_tokenizer(self.directory)
         return self._tokenizer
@@ -73,7 +73,7 @@ class Subject:
             LlmoptError: it does not load.
         """
         if self.graph is not None:
-            from ..runtimes.onnxruntime_ import OnnxRuntime
+            from ...runtimes.onnxruntime_ import OnnxRuntime
 
             return OnnxRuntime().open_graph(self.graph, threads=self.threads)
         session = self.runtime.open(self.directory, threads=self.threads)
@@ -82,8 +82,8 @@ class Subject:
             session.adapt(adapter)
         model = getattr(session, "model", None)
         if model is not None and is_sentence_folder(self.folder):
-            from ..models.pooling import pool_sentences
-            from ..models.sentence import read_sentence
+            from ...models.pooling import pool_sentences
+            from ...models.sentence import read_sentence
 
             pool_sentences(model, read_sentence(self.folder))
         return session

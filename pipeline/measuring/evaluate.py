@@ -7,15 +7,15 @@ from typing import Any
 
 import msgspec
 
-from ..calibration.source import open_source
-from ..core.errors import LlmoptError, UsageError
-from ..core.progress import Reporter
-from ..core.recipe import ModelSpec
-from ..evaluation.metrics import METRICS, metrics_of
-from ..evaluation.perplexity import Scores
-from ..models.locate import locate
-from ..models.sentence import is_sentence_folder
-from .artifact import Artifact, open_artifact
+from ...calibration.source import open_source
+from ...core.errors import LlmoptError, UsageError
+from ...core.progress import Reporter
+from ...core.recipe import ModelSpec
+from ...evaluation.metrics import METRICS, metrics_of
+from ...evaluation.perplexity import Scores
+from ...models.locate import locate
+from ...models.sentence import is_sentence_folder
+from ..artifact import Artifact, open_artifact
 from .asking import HARNESS, EvalOptions, arrays, ask, choose_task, comparable, measured, open_data
 from .language_tasks import Perplexity
 from .subjects import Subject, source_subject, subject_of

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import msgspec
 
-from ..core.errors import is_disk_full
-from ..core.manifest import FileRecord
-from ..core.numbers import seconds, size
-from ..core.passes import BlockPass, PassResult
-from ..core.progress import Reporter
-from ..models.handle import TorchModel
-from ..models.saved import SavedModel, restore, save
-from .background import in_background
+from ...core.errors import is_disk_full
+from ...core.manifest import FileRecord
+from ...core.numbers import seconds, size
+from ...core.passes import BlockPass, PassResult
+from ...core.progress import Reporter
+from ...models.handle import TorchModel
+from ...models.saved import SavedModel, restore, save
+from ..background import in_background
+from ..output import file_record
+from ..steps import AnyPass
 from .blocks_done import ENDING, BlocksDone
 from .keys import Keys
-from .output import file_record
 from .sealed import pack, unpack
-from .steps import AnyPass
 from .store import FORMAT, Entry, Index, Store
 
 CHECKPOINTS = "checkpoints"

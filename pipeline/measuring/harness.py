@@ -16,17 +16,17 @@ from typing import Any, cast
 
 import msgspec
 
-from ..core.errors import LlmoptError, UsageError, nearest
-from ..core.progress import Reporter
-from ..core.runtime import Session
-from ..evaluation.intervals import bootstrap
-from ..models.locate import context_length
+from ...core.errors import LlmoptError, UsageError, nearest
+from ...core.progress import Reporter
+from ...core.runtime import Session
+from ...evaluation.intervals import bootstrap
+from ...models.locate import context_length
+from ..jobs import Generation
+from ..texts import Encoded
 from .asking import HARNESS, EvalOptions
-from .jobs import Generation
 from .language_tasks import continuation, log_likelihoods, token_ids
 from .subjects import Subject
 from .tasks import is_causal
-from .texts import Encoded
 
 _PIECE = 32
 """Tokens that are generated before a look at what ends an answer."""

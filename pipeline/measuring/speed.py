@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-from ..core.errors import LlmoptError
-from ..core.progress import Reporter, Step
-from ..evaluation.gates import Measured
-from ..evaluation.intervals import bootstrap
-from ..models.locate import context_length
-from .bench import Texts, Worker, working
+from ...core.errors import LlmoptError
+from ...core.progress import Reporter, Step
+from ...evaluation.gates import Measured
+from ...evaluation.intervals import bootstrap
+from ...models.locate import context_length
+from ..bench import Texts, Worker, working
 from .subjects import Subject
 
 _PROMPT, _NEW = 128, 32

@@ -6,19 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-from ..calibration.fields import Role, Row
-from ..calibration.windows import load_windows
-from ..core.errors import LlmoptError, UsageError
-from ..core.progress import Step
-from ..core.runtime import Session
-from ..evaluation.figures import tidy
-from ..evaluation.perplexity import Scores
-from ..models.locate import context_length
-from .batching import by_tokens
-from .jobs import Generation
+from ...calibration.fields import Role, Row
+from ...calibration.windows import load_windows
+from ...core.errors import LlmoptError, UsageError
+from ...core.progress import Step
+from ...core.runtime import Session
+from ...evaluation.figures import tidy
+from ...evaluation.perplexity import Scores
+from ...models.locate import context_length
+from ..batching import by_tokens
+from ..jobs import Generation
+from ..texts import Encoded
 from .subjects import Subject
 from .tasks import LOGITS_PER_BATCH, Found, Task, batch_inputs, is_causal, output, text_in, unknown_answer
-from .texts import Encoded
 
 WINDOW = 512
 """Tokens of a window of running text, unless told otherwise or the context is shorter."""
@@ -294,7 +294,7 @@ def log_likelihoods(
     """
     import numpy as np
 
-    from ..evaluation.parity import log_softmax
+    from ...evaluation.parity import log_softmax
 
     budget = max(1, LOGITS_PER_BATCH // int(subject.config.get("vocab_size", 1 << 16)))
     found: dict[int, tuple[float, bool]] = {}

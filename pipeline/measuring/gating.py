@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..core.errors import LlmoptError, UsageError, nearest
-from ..core.facts import ModelFacts
-from ..core.manifest import ExportRecord, GateRecord
-from ..core.plan import Plan, PlanStep
-from ..core.progress import Reporter
-from ..core.recipe import EvaluationSpec, Recipe
-from ..evaluation.gates import Gate, Measured, judge, parse_gate
-from ..evaluation.metrics import METRICS
-from ..models.locate import Location
-from .artifact import Artifact
+from ...core.errors import LlmoptError, UsageError, nearest
+from ...core.facts import ModelFacts
+from ...core.manifest import ExportRecord, GateRecord
+from ...core.plan import Plan, PlanStep
+from ...core.progress import Reporter
+from ...core.recipe import EvaluationSpec, Recipe
+from ...evaluation.gates import Gate, Measured, judge, parse_gate
+from ...evaluation.metrics import METRICS
+from ...models.locate import Location
+from ..artifact import Artifact
 from .asking import (
     HARNESS,
     EvalOptions,

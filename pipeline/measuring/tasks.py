@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..calibration.fields import Fields, Role, Row
-from ..core.errors import LlmoptError, UsageError
-from ..core.progress import Step
-from ..core.runtime import Session
+from ...calibration.fields import Fields, Role, Row
+from ...core.errors import LlmoptError, UsageError
+from ...core.progress import Step
+from ...core.runtime import Session
+from ..texts import Encoded, side_by_side
 from .subjects import Subject
-from .texts import Encoded, side_by_side
 
 Found = dict[str, list[Any]]
 """Columns: what was found of each sample, in their order."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from ..calibration.fields import Role, Row
-from ..calibration.records import Document
-from ..core.errors import LlmoptError, UsageError
-from ..core.progress import Step
-from ..core.runtime import Session
-from ..evaluation.figures import ndcg
-from .batching import BUDGET, by_tokens
+from ...calibration.fields import Role, Row
+from ...calibration.records import Document
+from ...core.errors import LlmoptError, UsageError
+from ...core.progress import Step
+from ...core.runtime import Session
+from ...evaluation.figures import ndcg
+from ..batching import BUDGET, by_tokens
+from ..texts import Encoded, Encoder, longest_text
 from .subjects import Subject
 from .tasks import Found, Task, batch_inputs, number_in, output, text_in, unknown_answer
-from .texts import Encoded, Encoder, longest_text
 
 
 def _encode(subject: Subject, texts: Sequence[tuple[str, str | None]]) -> list[Encoded]:

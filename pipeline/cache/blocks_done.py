@@ -9,14 +9,14 @@ from typing import Any
 
 import msgspec
 
-from ..core.activations import QuantizedCache, QuantizedInput
-from ..core.errors import is_disk_full
-from ..core.manifest import FileRecord
-from ..core.passes import PassResult
-from ..models.states import StateFile
-from ..models.store import StoredFile
-from .background import in_background
-from .output import file_record
+from ...core.activations import QuantizedCache, QuantizedInput
+from ...core.errors import is_disk_full
+from ...core.manifest import FileRecord
+from ...core.passes import PassResult
+from ...models.states import StateFile
+from ...models.store import StoredFile
+from ..background import in_background
+from ..output import file_record
 from .sealed import DamagedError, read_sealed, write_sealed
 from .store import check_file
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import msgspec
 
-from ..core.manifest import FileRecord
-from ..core.progress import Reporter, Silent
+from ...core.manifest import FileRecord
+from ...core.progress import Reporter, Silent
 from .locks import Lock
 from .sealed import DamagedError, read_sealed, write_sealed
 

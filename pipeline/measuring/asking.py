@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..calibration.fields import Fields, first_columns, fitting, open_fields
-from ..calibration.source import open_source
-from ..core.errors import LlmoptError, UsageError, nearest
-from ..core.progress import Reporter
-from ..evaluation.gates import Measured
-from ..evaluation.intervals import bootstrap, count
-from ..evaluation.metrics import METRICS, metrics_of
+from ...calibration.fields import Fields, first_columns, fitting, open_fields
+from ...calibration.source import open_source
+from ...core.errors import LlmoptError, UsageError, nearest
+from ...core.progress import Reporter
+from ...evaluation.gates import Measured
+from ...evaluation.intervals import bootstrap, count
+from ...evaluation.metrics import METRICS, metrics_of
 from .language_tasks import Generate, MultipleChoice, Perplexity
 from .subjects import Subject
 from .tasks import SOURCE, Found, Task, TaskOptions

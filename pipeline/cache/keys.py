@@ -8,19 +8,20 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 
-from ..core.passes import Need, Pass, SurveyPass
-from ..core.plan import Limits
-from ..core.recipe import ModelSpec, Recipe
-from ..core.threads import DEFAULT
-from ..models.locate import Location, locate, looks_like_hub_id
-from ..models.sentence import MODULES
-from ..models.side_files import side_files
-from .steps import AnyPass
+from ...core.passes import Need, Pass, SurveyPass
+from ...core.plan import Limits
+from ...core.recipe import ModelSpec, Recipe
+from ...core.threads import DEFAULT
+from ...models.locate import Location, locate, looks_like_hub_id
+from ...models.sentence import MODULES
+from ...models.side_files import side_files
+from ..steps import AnyPass
 
 _PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "accelerate", "peft", "llmopt")
 """The packages that compute, or read and write what is computed with."""
@@ -122,7 +123,7 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     package = __name__.partition(".")[0]
-    rooms = {room: Path(__file__).parents[1] / room for room in _OURS}
+    rooms = {room: Path(str(files(f"{package}.{room}"))) for room in _OURS}
     found[f"{package} code"] = _hash([[room, _folder(place, "*.py")] for room, place in rooms.items()])
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
     found["device"] = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"

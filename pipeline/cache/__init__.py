@@ -1,0 +1,1 @@
+"""What passes have made, kept for later runs."""
