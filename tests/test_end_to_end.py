@@ -201,14 +201,17 @@ def in_memory(tmp_path_factory):
     from llmopt.core.passes import PassContext
     from llmopt.core.progress import Silent
     from llmopt.core.recipe import CalibrationSpec
+    from llmopt.core.threads import DEFAULT
     from llmopt.models.text import load_tokenizer
     from llmopt.passes.gptq import Gptq, GptqParams
     from llmopt.pipeline.sweep import run_sweep
+    from llmopt.pipeline.threads import fixed_threads
 
     model = open_model(TINY, tmp_path_factory.mktemp("work"))
     spec = CalibrationSpec(data=str(TINY / "calibration.txt"), samples=16, length=64)
     rows = load_samples(spec, load_tokenizer(TINY), seed=3, reporter=Silent()).rows
-    run_sweep(model, [Gptq(GptqParams(bits=4, group_size=64))], rows, PassContext(seed=3))
+    with fixed_threads(DEFAULT):
+        run_sweep(model, [Gptq(GptqParams(bits=4, group_size=64))], rows, PassContext(seed=3))
     return model
 
 

@@ -142,7 +142,10 @@ def test_eval_on_too_little_text(shell):
 
 def test_eval_of_a_model_that_is_not_causal(shell, family):
     folder = family("bert")
-    shell.refuses("eval", folder, *HELDOUT, code=2, what="perplexity is of causal language models", hint="ForCausalLM")
+    perplexity = ("--task", "perplexity")
+    shell.refuses(
+        "eval", folder, *HELDOUT, *perplexity, code=2, what="cannot be measured at perplexity", hint="classify"
+    )
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "vit"])

@@ -38,11 +38,16 @@ import llmopt.__main__ as entry
 import llmopt.pipeline.output as output
 
 def slowly(new, place):
-    print("ready", flush=True)
     end = time.monotonic() + 2.5
-    while time.monotonic() < end:
+    told = False
+    while True:
         try:
-            time.sleep(0.1)
+            if not told:
+                told = True
+                print("ready", flush=True)
+            while time.monotonic() < end:
+                time.sleep(0.1)
+            break
         except BaseException:  # as native code, it does not heed the signal
             pass
     new.rename(place)
@@ -68,7 +73,7 @@ class Texts:
 def run(arguments):
     artifact = bench.open_artifact(arguments[0])
     options = {"prompt_tokens": 8, "new_tokens": 8, "threads": 1}
-    with bench._working(artifact, options, Texts()) as worker:
+    with bench.working(artifact.directory, artifact.runtime(), options, Texts()) as worker:
         print(worker._process.pid, flush=True)
         time.sleep(60)
 
