@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..core.errors import LlmoptError, UnmetError, UsageError
-from ..core.manifest import MANIFEST, RUN, FileRecord, Manifest
+from ..core.manifest import MANIFEST, RUN, FileRecord, Manifest, RunRecord
 from ..core.progress import Reporter
 from ..core.untrusted import is_inner_path, lies_in
-from .artifact import existing_folder, read_manifest
+from .artifact import existing_folder, read_manifest, read_run
 from .output import file_record, readable, staging
 
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -52,7 +52,7 @@ def push(
 
     Raises:
         UsageError: it is no artifact of ours, or the name is none.
-        UnmetError: its verification failed, or a file is not what the manifest says.
+        UnmetError: its verification or a gate was not met, or a file is not what the manifest says.
         LlmoptError: the hub does not take it.
     """
     _check_name(repository)
@@ -61,7 +61,7 @@ def push(
     if manifest is None:
         hint = "give a folder that llmopt wrote, the one above several exports"
         raise UsageError(f"`{directory}` is no artifact of llmopt", where=f"there is no {MANIFEST} in it", hint=hint)
-    _check_verified(directory, manifest)
+    _check_met(directory, manifest, read_run(root))
     files = _listed(manifest)
     with reporter.step("checking files", len(files)) as step:
         for name, expected in files.items():
@@ -132,7 +132,7 @@ def pull(repository: str, output: Path, *, revision: str | None, force: bool, re
                 fetch(name)
                 _check_file(stage.root, name, expected)
                 step.advance(detail=name)
-        _check_verified(Path(repository), manifest)
+        _check_met(Path(repository), manifest, read_run(stage.root))
         readable(stage.root)
         stage.commit()
     every = [*files.values(), file_record(output / MANIFEST)]
@@ -157,13 +157,17 @@ def _check_file(root: Path, name: str, expected: FileRecord) -> None:
         raise UnmetError(f"`{path}` was changed", where=where, hint="build the artifact again")
 
 
-def _check_verified(directory: Path, manifest: Manifest) -> None:
-    failed = [one.name for one in manifest.exports if one.verification is not None and not one.verification.passed]
-    if failed:
+def _check_met(directory: Path, manifest: Manifest, run: RunRecord | None) -> None:
+    """Refuse an artifact that was set aside: it is not the model, or did not meet a gate."""
+    exports = ((one.name, parity) for one in manifest.exports for parity in (one.verification, one.adapted))
+    failed = [name for name, parity in exports if parity is not None and not parity.passed]
+    unmet = [gate.text for gate in (run.gates if run is not None else ()) if gate.verdict != "passed"]
+    if failed or unmet:
+        what = "the verification" if failed else "a gate"
         raise UnmetError(
-            f"the verification of `{directory}` failed",
-            where=f"exports: {', '.join(failed)}",
-            hint="an artifact that is not the model that was exported is not published: build it again",
+            f"{what} of `{directory}` was not met",
+            where=f"exports: {', '.join(failed)}" if failed else f"gates: {', '.join(unmet)}",
+            hint="what was set aside is not published: build it again",
         )
 
 

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from fake_hub import Hub, serving
 from helpers import build, recipe
 from llmopt.core.errors import UnmetError, UsageError
+from llmopt.core.manifest import RUN, GateRecord
 from llmopt.core.progress import Silent
 from llmopt.pipeline.publish import push
 
@@ -141,6 +143,23 @@ def test_what_is_not_sent(artifact: Path, tmp_path: Path):
         send(artifact, "tiny")
     with pytest.raises(UsageError, match="is no artifact of llmopt"):
         send(TINY)
+    run = json.loads((artifact / RUN).read_text())
+    unmet = GateRecord(
+        text="size_ratio<=0.1",
+        metric="size_ratio",
+        value=0.3,
+        low=None,
+        high=None,
+        limit=0.1,
+        comparison="<=",
+        unit="ratio",
+        verdict="failed",
+        samples=0,
+        export="safetensors",
+    )
+    (artifact / RUN).write_text(json.dumps(run | {"gates": [msgspec.to_builtins(unmet)]}))
+    with pytest.raises(UnmetError, match="a gate of"):
+        send(artifact)
     manifest = json.loads((artifact / "llmopt.json").read_text())
     manifest["exports"][0]["verification"]["passed"] = False
     (artifact / "llmopt.json").write_text(json.dumps(manifest))
