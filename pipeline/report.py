@@ -11,7 +11,8 @@ from typing import Any, cast
 import msgspec
 
 from ..core.errors import LlmoptError, UsageError
-from ..core.manifest import MANIFEST, ExportRecord, Manifest, PassRecord
+from ..core.manifest import MANIFEST, ExportRecord, GateRecord, Manifest, PassRecord
+from ..evaluation.metrics import METRICS
 from ..evaluation.report.document import (
     ArtifactEntry,
     ExportEntry,
@@ -110,7 +111,7 @@ def artifact_entry(
         passes=passes,
         layers=_layers(layers),
         exports=exports,
-        size_path=_size_path(manifest, exports),
+        size_path=_size_path(manifest, exports, [] if run is None else run.gates),
         maps=layer_maps(layers),
         run=run,
         evaluations=measured.evaluations(root, manifest) if measured else [],
@@ -269,7 +270,7 @@ def _summary(manifest: Manifest, layers: Mapping[str, Mapping[str, float]]) -> s
     return ", ".join(parts) + f"; for {' and '.join(export.name for export in manifest.exports)}."
 
 
-def _size_path(manifest: Manifest, exports: Sequence[ExportEntry]) -> list[PathStep]:
+def _size_path(manifest: Manifest, exports: Sequence[ExportEntry], gates: Sequence[GateRecord]) -> list[PathStep]:
     steps: list[PathStep] = []
     source = manifest.source.get("bytes")
     if isinstance(source, int):
@@ -281,8 +282,18 @@ def _size_path(manifest: Manifest, exports: Sequence[ExportEntry]) -> list[PathS
             steps.append(PathStep(name=record.name, size_bytes=size, share=_share(size, manifest), quality=quality))
     for entry in exports:
         name = f"export {entry.name}"
-        steps.append(PathStep(name=name, size_bytes=entry.size_bytes, share=entry.share, quality={}))
+        quality = {
+            f"{gate.metric}_{gate.unit}" if gate.unit in {"share", "nats"} else gate.metric: gate.value
+            for gate in gates
+            if gate.export == entry.name and _measures_quality(gate.metric)
+        }
+        steps.append(PathStep(name=name, size_bytes=entry.size_bytes, share=entry.share, quality=quality))
     return steps
+
+
+def _measures_quality(name: str) -> bool:
+    metric = METRICS.get(name)  # the record may be of another version
+    return metric is not None and metric.group == "quality"
 
 
 def _is_quality(name: str) -> bool:
