@@ -126,7 +126,7 @@ def install(monkeypatch: Any) -> dict[str, Any]:
         "run": {"run_plan": run_plan},
         "recipe": {"load_recipe": lambda path: calls["loaded"], "dump_recipe": dump_recipe, "recipe_schema": dict},
         "verify": {"verify": lambda directory, *, reporter: [record("safetensors")]},
-        "evaluate": {"evaluate": evaluate},
+        "measuring.evaluate": {"evaluate": evaluate},
         "bench": {"bench": report},
         "infer": {"infer": report, "InferOptions": dict},
         "inspect": {"inspect": report},
