@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -13,6 +14,8 @@ from .common import ModelArgument
 
 _ACTIONS = ("merge", "extract")
 _MERGE, _EXTRACT = "Merge", "Extract"
+_EXTRACTS = ("output", "force", "json", "quiet", "verbose")
+"""The options of a build that `extract` heeds."""
 
 
 @building("seed", "max_memory")
@@ -75,7 +78,7 @@ def command(
         return
     if base is None:
         raise UsageError("extract needs the base", hint="name the model that MODEL was made from with --base MODEL")
-    if adapter or weight or build.export or build.dry_run or build.save_recipe is not None:
+    if adapter or weight or replace(Build(), **{name: getattr(build, name) for name in _EXTRACTS}) != build:
         raise UsageError("extract takes --base and --rank only", hint="it writes a PEFT folder at once")
     if build.output is None:
         raise UsageError("no output folder given", hint="name one with -o DIR")

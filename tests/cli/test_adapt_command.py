@@ -33,3 +33,13 @@ def test_refusals(llmopt, arguments, said, tmp_path, monkeypatch):
     assert ended.code == 2
     assert said in ended.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--gate=size_ratio<=1", "--junit=x.xml", "--depfile=x.d", "--if-changed", "--threads=2", "--no-cache"],
+)
+def test_extract_ignores_no_option_of_a_build(llmopt, option):
+    ended = llmopt("adapt", "extract", "tuned", "--base", "base", "-o", "out", option)
+    assert ended.code == 2
+    assert "extract takes --base and --rank only" in ended.err
