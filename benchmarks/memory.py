@@ -109,7 +109,7 @@ def run(model: Path, method: str, threads: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
         text = write_text(Path(scratch))
         command = [sys.executable, "-m", "llmopt", "quantize", str(model), "-o", str(Path(scratch) / "out")]
-        command += ["--method", method, "--group-size", "128"]
+        command += ["--method", method, "--group-size", "128", "--threads", str(threads)]
         if method != "rtn":
             command += ["--calibration", str(text), "--samples", "8", "--length", "256"]
         plan = subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True)
