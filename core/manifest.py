@@ -195,10 +195,7 @@ class GateRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InputRecord(msgspec.Struct, frozen=True):
-    """A file that was read: its size, when it was changed last (ns since 1970), and its hash.
-
-    The hash is empty where the manifest has it: of weights, config.json and the calibration file.
-    """
+    """A file that was read: its size, when it was changed last (ns since 1970), and its hash."""
 
     path: str
     bytes: int

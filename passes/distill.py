@@ -12,6 +12,7 @@ from ..core.facts import ModelFacts
 from ..core.model import ModelHandle
 from ..core.params import Params
 from ..core.passes import ModelPass, Need, Pass, PassContext, PassResult
+from ..core.reads import Input
 from ..core.target import Target
 from ..core.text import TextRequest
 
@@ -190,9 +191,10 @@ class Distill(ModelPass[DistillParams]):
         """Return the named teacher."""
         return self.params.teacher
 
-    def inputs(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[Input, ...]:
         """Return the named teacher and the named text."""
-        return tuple(one for one in (self.params.teacher, self.params.data) if one is not None)
+        teacher = () if self.params.teacher is None else (Input("teacher", self.params.teacher),)
+        return teacher if self.params.data is None else (*teacher, Input("text", self.params.data))
 
     def trains(self) -> bool:
         """Return that several processes can share the work."""

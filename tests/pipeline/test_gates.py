@@ -147,7 +147,7 @@ def test_bad_test_data_is_met_before_the_work(family, tmp_path, monkeypatch):
     rows = [{"question": "a", "choices": ["x", "y"], "answer": answer} for answer in (0, 1, 7)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = gated(family("llama"), "accuracy>=10%", evaluation={"data": str(data)})
-    monkeypatch.setattr("llmopt.pipeline.run._run_passes", lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.setattr("llmopt.pipeline.run.run_passes", lambda *_, **__: pytest.fail("the work was begun"))
     with pytest.raises(UsageError, match="line 3"):
         run(made, tmp_path / "out")
 
@@ -193,7 +193,7 @@ def test_calibration_data_as_test_data_is_not_taken_in_silence(family, text, tmp
 
 
 def test_a_failed_verification_measures_no_gates(family, tmp_path, monkeypatch):
-    from llmopt.pipeline import run as module
+    from llmopt.pipeline import exporting as module
 
     def wrong(*given, **named):
         return replace(compare(*given, **named), passed=False)
