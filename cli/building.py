@@ -82,20 +82,23 @@ class Build:
         ),
     ] = None
     gate_data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--gate-data",
             metavar="SPEC",
-            help="Test data for gates on quality: a .txt, .jsonl, .csv or .parquet file, or hf:NAME[/CONFIG][:SPLIT].",
+            help="Test data for gates on quality: a .txt, .jsonl, .csv or .parquet file, or hf:NAME[/CONFIG][:SPLIT]. "
+            "Of several each is for the gates whose metric its task gives, or that name it: METRIC@FILE<=LIMIT, the "
+            "file's name without its ending.",
             rich_help_panel=_GATES,
         ),
     ] = None
     gate_task: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--gate-task",
             metavar="NAME",
-            help="Task to measure, as of `llmopt eval`. [default: what fits the metrics, the model and the columns]",
+            help="Task to measure, as of `llmopt eval`; one for all data, or one for each in order. [default: what "
+            "fits the metrics, the model and the columns]",
             rich_help_panel=_GATES,
         ),
     ] = None

@@ -175,6 +175,7 @@ class GateRecord(msgspec.Struct, frozen=True, kw_only=True):
         samples_needed: about how many would decide it; None where it is decided, or that cannot be told.
         against: "source" when it is measured against the source, None when it is absolute.
         export: which one was measured.
+        evaluation: name of the test data; None for size and speed.
         confidence: with which `value` lies in its interval.
     """
 
@@ -191,6 +192,7 @@ class GateRecord(msgspec.Struct, frozen=True, kw_only=True):
     samples_needed: int | None = None
     against: Literal["source"] | None = None
     export: str
+    evaluation: str | None = None
     confidence: float | None = None
 
 

@@ -79,7 +79,7 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None, written_in: Path
         for one, before in zip(passes, outlines, strict=False):
             check_materials(one, location, facts, before, recipe.calibration)
     check_exports(exporters, passes, final)
-    gates = plan_gates(recipe, location, facts, final) if recipe.gates else []
+    gates = plan_gates(recipe, location, facts, final)
     memory = estimate(facts, passes, exporters, recipe.calibration, max_memory)
     return Plan(
         recipe=recipe,

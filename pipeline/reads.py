@@ -37,8 +37,8 @@ def files_read(recipe: Recipe, passes: Iterable[AnyPass], *, written_in: Path | 
     found += _of_model("model", recipe.model)
     if recipe.calibration is not None:
         found += _of_text("calibration", recipe.calibration.data)
-    if recipe.evaluation is not None and recipe.evaluation.data is not None:
-        found += _of_text("evaluation", recipe.evaluation.data)
+    for spec in recipe.evaluation:
+        found += () if spec.data is None else _of_text("evaluation", spec.data)
     for role, name in (named for one in passes for named in one.inputs()):
         if role == "teacher":
             found += _of_model(role, ModelSpec(id=name, trust_remote_code=recipe.model.trust_remote_code))

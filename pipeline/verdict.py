@@ -8,6 +8,7 @@ from pathlib import Path
 from ..core.errors import UnmetError
 from ..core.manifest import ExportRecord, GateRecord, Parity
 from ..evaluation.gates import in_words as gate_in_words
+from ..evaluation.gates import label
 from .output import Staging
 
 
@@ -44,7 +45,7 @@ def unverified(exports: Sequence[ExportRecord]) -> list[ExportRecord]:
 
 
 def _refuse_gates(gates: Sequence[GateRecord], stage: Staging, output: Path) -> None:
-    unmet = [(f"{gate.text} ({gate.export})", gate_in_words(gate)) for gate in gates if gate.verdict != "passed"]
+    unmet = [(label(gate), gate_in_words(gate)) for gate in gates if gate.verdict != "passed"]
     if not unmet:
         return
     failed = stage.set_aside()

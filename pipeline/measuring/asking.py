@@ -107,7 +107,7 @@ def choose_task(
         raise UsageError(
             "the metrics belong to several tasks",
             where=", ".join(f"{one} ({' or '.join(METRICS[one].tasks)})" for one in wanted),
-            hint="one run measures one task: leave out one of them",
+            hint="give each task data of its own: --gate-data again, in a recipe a list under `evaluation`",
         )
     return fit[0] if len(fit) == 1 else _by_columns(fit, options)
 

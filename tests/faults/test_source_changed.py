@@ -129,7 +129,7 @@ def everything(model, family, tmp_path):
     passes = [("merge-adapter", {"adapters": ["adapter"]}), ("distill", learn), ("gptq", {"group_size": 32})]
     made = recipe("model", *passes, data="text.txt")
     evaluation = EvaluationSpec(data="test.txt", length=24, samples=6)
-    return replace(made, gates=("perplexity<=1000000",), evaluation=evaluation)
+    return replace(made, gates=("perplexity<=1000000",), evaluation=(evaluation,))
 
 
 KINDS = [

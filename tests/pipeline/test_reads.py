@@ -53,7 +53,7 @@ def test_texts_teachers_and_adapters(family, text, tmp_path):
     learn = {"teacher": str(family("llama", hidden_size=32)), "data": f"hf:{tmp_path / 'set'}:train"}
     passes = [("merge-adapter", {"adapters": [str(tmp_path / "adapter")]}), ("distill", learn)]
     made = recipe(family("llama"), *passes, data=text)
-    made = replace(made, gates=("perplexity<=9",), evaluation=EvaluationSpec(data=str(text)))
+    made = replace(made, gates=("perplexity<=9",), evaluation=(EvaluationSpec(data=str(text)),))
     assert read(made, "adapter") == {"adapter_config.json", "adapter_model.safetensors"}
     assert {"config.json", "model.safetensors", *TOKENIZER} <= read(made, "teacher")
     assert read(made, "text") == {"train.jsonl"}
