@@ -32,6 +32,9 @@ DEFAULT_EXPORT = "safetensors"
 _OUTPUT = "Output"
 _GATES = "Gates"
 
+_EXCLUDING = (("dry_run", "depfile"), ("dry_run", "if_changed"), ("no_cache", "cache_dir"))
+"""Options of which the first leaves the second nothing to do."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
@@ -168,6 +171,17 @@ class Build:
     quiet: Quiet = False
     verbose: Verbose = False
 
+    def __post_init__(self) -> None:
+        """Refuse options that exclude each other.
+
+        Raises:
+            UsageError: it names two.
+        """
+        for pair in _EXCLUDING:
+            if all(getattr(self, name) for name in pair):
+                first, second = (f"--{name.replace('_', '-')}" for name in pair)
+                raise UsageError(f"{first} and {second} exclude each other", hint=f"leave {second} out")
+
     def cache(self) -> CacheSettings | None:
         """Return where results of passes are kept; None where they are not.
 
@@ -261,16 +275,17 @@ def _execute(recipe: Recipe, build: Build, screen: Screen, *, written_in: Path |
     cache = build.cache()
     max_memory = None if build.max_memory is None else parse_size(build.max_memory)
     plan = make_plan(recipe, max_memory=max_memory, written_in=written_in)
-    if output is not None and build.if_changed and not build.dry_run and _is_current(plan, output, screen):
-        _write_depfile(plan, build)
-        return
-    if output is not None:
+    current = output is not None and build.if_changed and _is_current(plan, output, screen)
+    if output is not None and not current:
         check_output(output, force=build.force or build.dry_run, inputs=paths_of(plan.reads))
-    for note in notes:
+    for note in () if current else notes:
         screen.reporter.note(note)
     if build.save_recipe is not None:
         dump_recipe(recipe, build.save_recipe)
         screen.reporter.note(f"recipe written to {build.save_recipe}")
+    if current:
+        _write_depfile(plan, build)
+        return
     if output is None or build.dry_run:
         screen.show(plan_sections(plan), plan.to_dict())
         return

@@ -245,6 +245,25 @@ class Distill(ModelPass[DistillParams]):
                 hint="use a dense model",
             )
         self._check_losses(facts, losses, where)
+        self._check_heeded(losses, where)
+
+    def _check_heeded(self, losses: dict[str, float], where: str) -> None:
+        """Refuse parameters that do nothing without others."""
+        params, usual = self.params, DistillParams()
+        compared = bool({"kl", "reverse_kl", "js"} & losses.keys())
+        for names, heeded, needs in (
+            (("lora_alpha", "lora_targets"), params.lora_rank is not None, "`lora_rank`"),
+            (("top_k",), params.cache is not None, "`cache`"),
+            (("column",), params.data is not None, "`data`"),
+            (("relation_heads",), "relation" in losses, "a weight for `relation`"),
+            (("temperature",), compared, "a weight for `kl`, `reverse_kl` or `js`"),
+            (("teacher", "align_vocab"), losses.keys() != {"lm"}, "a loss that compares with a teacher"),
+        ):
+            idle = next((name for name in names if getattr(params, name) != getattr(usual, name)), None)
+            if idle is not None and not heeded:
+                raise UsageError(
+                    f"`{idle}` does nothing without {needs}", where=where, hint="give that too, or leave it out"
+                )
 
     def _check_losses(self, facts: ModelFacts, losses: dict[str, float], where: str) -> None:
         if not losses:

@@ -137,9 +137,13 @@ def open_data(task: type[Task], options: EvalOptions) -> Fields:
     """Return the data with the columns that a task needs; of them at most the first row is read.
 
     Raises:
-        UsageError: a column is not there, or cannot be told.
+        UsageError: a column is not there, or cannot be told; or the task does not heed what is said of its samples.
     """
     assert options.data is not None
+    for name in ("length", "max_new_tokens"):
+        if getattr(options.samples, name) is not None and name not in task.settings:
+            known = ", ".join(other for other, one in TASKS.items() if name in one.settings)
+            raise UsageError(f"{task.name} does not heed `{name}`", hint=f"leave it out: it is for {known}")
     named = {role or "text": column for role, column in options.columns.items()}
     if task is Perplexity:
         unknown = next((role for role in named if role != "text"), None)

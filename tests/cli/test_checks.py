@@ -126,6 +126,30 @@ def test_bad_gates_are_refused(llmopt, pipeline, arguments, message):
     assert "run" not in pipeline
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (["--dry-run"], ["--depfile", "out.d"]),
+        (["--dry-run"], ["--if-changed"]),
+        (["--no-cache"], ["--cache-dir", "cache"]),
+    ],
+)
+def test_options_that_leave_each_other_nothing_to_do(llmopt, pipeline, first, second):
+    for begun in (["quantize", "model"], ["export", "model"], ["run", "r.yaml"]):
+        ended = llmopt(*begun, "-o", "out", *first, *second)
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.err.startswith(f"error: {first[0]} and {second[0]} exclude each other")
+    assert "run" not in pipeline
+
+
+def test_the_recipe_is_written_also_where_nothing_is_built(llmopt, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmopt.cli.building._is_current", lambda *_: True)
+    monkeypatch.chdir(tmp_path)
+    assert llmopt("quantize", "model", "-o", "out", "--if-changed", "--save-recipe", "r.yaml").code == 0
+    assert "rtn" in (tmp_path / "r.yaml").read_text()
+    assert "run" not in pipeline
+
+
 def test_gates_that_are_not_met_are_shown_and_end_with_3(llmopt, unmet, tmp_path):
     ended = llmopt("quantize", "model", "-o", str(tmp_path / "out"))
     assert ended.code == 3
