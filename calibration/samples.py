@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
+from ..core.digests import Digest, file_sha256
 from ..core.errors import LlmoptError
 from .source import Source, open_source
 from .tokens import encode
@@ -112,6 +113,7 @@ def load_samples(
     seed: int,
     held_out: int = 0,
     reporter: Reporter,
+    digest: Digest = file_sha256,
 ) -> Samples:
     """Read calibration data and draw `spec.samples` rows from it.
 
@@ -121,6 +123,7 @@ def load_samples(
         seed: which rows are drawn.
         held_out: how many further rows to draw for verification.
         reporter: is told how much it became, and what was left out.
+        digest: gives the hash of the file.
 
     Raises:
         UsageError: the data is not there or has no such column.
@@ -147,7 +150,7 @@ def load_samples(
         documents=1 if running else drawn.seen,
         tokens=sum(map(len, cut.rows)),
         source=spec.data,
-        sha256=source.sha256() or drawn.sha256,
+        sha256=drawn.sha256 if source.path is None else digest(source.path),
     )
     _report(samples, source, drawn, cut, reporter)
     return samples

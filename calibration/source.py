@@ -13,12 +13,12 @@ Where none of these columns is there, the only column of text is taken. Texts ar
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.digests import file_sha256
 from ..core.errors import LlmoptError, UsageError
 from .files import csv_records, has_no_header, jsonl_records, parquet_records, text_blocks, text_lines
 from .hub import hub_records, parse_hub_spec
@@ -101,8 +101,7 @@ class Source:
         """Return the digest of the file's bytes; None for a data set behind `hf:`."""
         if self.path is None:
             return None
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(self.path)
 
     def _records(self) -> Iterator[Record]:
         if self.path is None:

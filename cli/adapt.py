@@ -14,6 +14,7 @@ from .common import ModelArgument
 
 _ACTIONS = ("merge", "extract")
 _MERGE, _EXTRACT = "Merge", "Extract"
+_RANK = 16
 _EXTRACTS = ("output", "force", "json", "quiet", "verbose")
 """The options of a build that `extract` heeds."""
 
@@ -44,9 +45,11 @@ def command(
         typer.Option(metavar="MODEL", help="extract: the model that MODEL was made from.", rich_help_panel=_EXTRACT),
     ] = None,
     rank: Annotated[
-        int,
-        typer.Option(metavar="N", help="extract: rank of the adapter. [default: 16]", min=1, rich_help_panel=_EXTRACT),
-    ] = 16,
+        int | None,
+        typer.Option(
+            metavar="N", help=f"extract: rank of the adapter. [default: {_RANK}]", min=1, rich_help_panel=_EXTRACT
+        ),
+    ] = None,
     build: Build,
 ) -> None:
     """Merge adapters into a model, or extract one from two models.
@@ -67,6 +70,10 @@ def command(
             raise UsageError("no adapter to merge", hint="name it with --adapter DIR")
         if base is not None:
             raise UsageError("--base does not apply to merge", hint="MODEL is the base")
+        if rank is not None:
+            raise UsageError(
+                "--rank does not apply to merge", hint="the adapters have the ranks they were trained with"
+            )
         weights = {"weights": weight} if weight else {}
         recipe = Recipe(
             model=ModelSpec(id=model),
@@ -88,7 +95,7 @@ def command(
     report = extract_adapter(
         ModelSpec(id=model),
         ModelSpec(id=base),
-        rank=rank,
+        rank=rank or _RANK,
         output=build.output,
         force=build.force,
         reporter=screen.reporter,

@@ -32,6 +32,9 @@ DEFAULT_EXPORT = "safetensors"
 _OUTPUT = "Output"
 _GATES = "Gates"
 
+_EXCLUDING = (("dry_run", "depfile"), ("dry_run", "if_changed"), ("no_cache", "cache_dir"))
+"""Options of which the first leaves the second nothing to do."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
@@ -82,20 +85,23 @@ class Build:
         ),
     ] = None
     gate_data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--gate-data",
             metavar="SPEC",
-            help="Test data for gates on quality: a .txt, .jsonl, .csv or .parquet file, or hf:NAME[/CONFIG][:SPLIT].",
+            help="Test data for gates on quality: a .txt, .jsonl, .csv or .parquet file, or hf:NAME[/CONFIG][:SPLIT]. "
+            "Of several each is for the gates whose metric its task gives, or that name it: METRIC@FILE<=LIMIT, the "
+            "file's name without its ending.",
             rich_help_panel=_GATES,
         ),
     ] = None
     gate_task: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--gate-task",
             metavar="NAME",
-            help="Task to measure, as of `llmopt eval`. [default: what fits the metrics, the model and the columns]",
+            help="Task to measure, as of `llmopt eval`; one for all data, or one for each in order. [default: what "
+            "fits the metrics, the model and the columns]",
             rich_help_panel=_GATES,
         ),
     ] = None
@@ -165,6 +171,17 @@ class Build:
     quiet: Quiet = False
     verbose: Verbose = False
 
+    def __post_init__(self) -> None:
+        """Refuse options that exclude each other.
+
+        Raises:
+            UsageError: it names two.
+        """
+        for pair in _EXCLUDING:
+            if all(getattr(self, name) for name in pair):
+                first, second = (f"--{name.replace('_', '-')}" for name in pair)
+                raise UsageError(f"{first} and {second} exclude each other", hint=f"leave {second} out")
+
     def cache(self) -> CacheSettings | None:
         """Return where results of passes are kept; None where they are not.
 
@@ -231,24 +248,24 @@ def exports(written: Iterable[str]) -> tuple[Step, ...]:
 
 
 def execute(
-    recipe: Recipe, build: Build, screen: Screen, *, inputs: Iterable[Path] = (), notes: Iterable[str] = ()
+    recipe: Recipe, build: Build, screen: Screen, *, written_in: Path | None = None, notes: Iterable[str] = ()
 ) -> None:
     """Check a recipe, and unless it is a dry run, carry it out and show what was made.
 
-    `inputs` are further files that are read and so must not lie in the output. `notes` are said once the recipe is
-    known to work.
+    `written_in` is the file that holds the recipe. `notes` are said once the recipe is known to work.
 
     Raises:
         UsageError: the recipe cannot work, or no output was named.
     """
     recipe = with_gates(recipe, build)
     with reported(recipe, build, screen):
-        _execute(recipe, build, screen, inputs=inputs, notes=notes)
+        _execute(recipe, build, screen, written_in=written_in, notes=notes)
 
 
-def _execute(recipe: Recipe, build: Build, screen: Screen, *, inputs: Iterable[Path], notes: Iterable[str]) -> None:
-    from ..pipeline.output import check_output, inputs_of
+def _execute(recipe: Recipe, build: Build, screen: Screen, *, written_in: Path | None, notes: Iterable[str]) -> None:
+    from ..pipeline.output import check_output
     from ..pipeline.plan import make_plan
+    from ..pipeline.reads import paths_of
     from ..pipeline.recipe import dump_recipe
     from .views import manifest_sections, plan_sections
 
@@ -256,18 +273,19 @@ def _execute(recipe: Recipe, build: Build, screen: Screen, *, inputs: Iterable[P
     if output is None and not build.dry_run:
         raise UsageError("no output folder given", hint="name one with -o DIR, or use --dry-run to see the plan")
     cache = build.cache()
-    inputs = list(inputs)
-    plan = make_plan(recipe, max_memory=None if build.max_memory is None else parse_size(build.max_memory))
-    if output is not None and build.if_changed and not build.dry_run and _is_current(plan, output, screen):
-        _write_depfile(recipe, build, inputs)
-        return
-    if output is not None:
-        check_output(output, force=build.force or build.dry_run, inputs=[*inputs_of(recipe), *inputs])
-    for note in notes:
+    max_memory = None if build.max_memory is None else parse_size(build.max_memory)
+    plan = make_plan(recipe, max_memory=max_memory, written_in=written_in)
+    current = output is not None and build.if_changed and _is_current(plan, output, screen)
+    if output is not None and not current:
+        check_output(output, force=build.force or build.dry_run, inputs=paths_of(plan.reads))
+    for note in () if current else notes:
         screen.reporter.note(note)
     if build.save_recipe is not None:
         dump_recipe(recipe, build.save_recipe)
         screen.reporter.note(f"recipe written to {build.save_recipe}")
+    if current:
+        _write_depfile(plan, build)
+        return
     if output is None or build.dry_run:
         screen.show(plan_sections(plan), plan.to_dict())
         return
@@ -277,7 +295,7 @@ def _execute(recipe: Recipe, build: Build, screen: Screen, *, inputs: Iterable[P
     manifest = run_plan(plan, output, force=build.force, reporter=screen.reporter, cache=cache)
     if not is_main():
         return
-    _write_depfile(recipe, build, inputs)
+    _write_depfile(plan, build)
     run = read_run(output)
     sections = manifest_sections(
         manifest, output, source_bytes=plan.facts.bytes, gates=[] if run is None else run.gates
@@ -288,7 +306,7 @@ def _execute(recipe: Recipe, build: Build, screen: Screen, *, inputs: Iterable[P
 def _is_current(plan: Plan, output: Path, screen: Screen) -> bool:
     """Return whether the artifact is what would be built, and say so, or what is different."""
     from ..pipeline.artifact import read_manifest, read_run
-    from ..pipeline.inputs import why_outdated
+    from ..pipeline.outdated import why_outdated
     from ..pipeline.versions import own_version, versions
 
     why = why_outdated(plan, output, {"llmopt": own_version(), **versions()})
@@ -311,13 +329,14 @@ def _document(manifest: Manifest, output: Path, run: RunRecord | None) -> dict[s
     return {"directory": str(output), **msgspec.to_builtins(manifest), "run": msgspec.to_builtins(run)}
 
 
-def _write_depfile(recipe: Recipe, build: Build, inputs: Iterable[Path]) -> None:
+def _write_depfile(plan: Plan, build: Build) -> None:
     if build.depfile is None or build.output is None:
         return
     from ..core.manifest import MANIFEST
-    from ..pipeline.inputs import input_files, write_depfile
+    from ..pipeline.depfile import write_depfile
+    from ..pipeline.reads import paths_of
 
-    write_depfile(build.depfile, build.output / MANIFEST, sorted({*input_files(recipe), *inputs}))
+    write_depfile(build.depfile, build.output / MANIFEST, paths_of(plan.reads))
 
 
 def default_output(recipe: Path) -> Path:

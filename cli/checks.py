@@ -14,12 +14,16 @@ from ..core.recipe import EvaluationSpec, Recipe
 from .common import parse_columns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from ..core.manifest import Manifest, RunRecord
     from .building import Build
     from .render import Screen
+
+
+_EVALUATION = ("data", "task", "column", "confidence")
+"""What `--gate-…` says of the evaluation."""
 
 
 def with_gates(recipe: Recipe, build: Build) -> Recipe:
@@ -31,20 +35,40 @@ def with_gates(recipe: Recipe, build: Build) -> Recipe:
     from ..evaluation.gates import gates_of
 
     gates = (*recipe.gates, *gates_of(build.gate or [], where="--gate"))
-    given = {
-        "data": build.gate_data,
-        "task": build.gate_task,
-        "columns": None if build.gate_column is None else parse_columns(build.gate_column, "--gate-column"),
-        "confidence": None
-        if build.gate_confidence is None
-        else parse_share(build.gate_confidence, where="--gate-confidence"),
-    }
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if chosen and not gates:
-        raise UsageError(f"--gate-{next(iter(chosen)).rstrip('s')} without a gate", hint="add one with --gate TEXT")
-    if not chosen:
+    named = [name for name in _EVALUATION if getattr(build, f"gate_{name}") is not None]
+    if named and not gates:
+        raise UsageError(f"--gate-{named[0]} without a gate", hint="add one with --gate TEXT")
+    if not named:
         return replace(recipe, gates=gates)
-    return replace(recipe, gates=gates, evaluation=replace(recipe.evaluation or EvaluationSpec(), **chosen))
+    return replace(recipe, gates=gates, evaluation=_evaluations(recipe.evaluation, build))
+
+
+def _evaluations(written: Sequence[EvaluationSpec], build: Build) -> tuple[EvaluationSpec, ...]:
+    """Return the recipe's evaluation as the command line changes it: one for each `--gate-data`.
+
+    Raises:
+        UsageError: it is not clear which is meant.
+    """
+    data, tasks = build.gate_data or [], build.gate_task or []
+    if len(written) > 1:
+        where = "options change a recipe's evaluation where it has one"
+        raise UsageError(f"the recipe has {len(written)} evaluations", where=where, hint="change them in the recipe")
+    if len(tasks) > 1 and len(tasks) != len(data):
+        where, hint = f"{len(tasks)} --gate-task, {len(data)} --gate-data", "give one task for each, in order"
+        raise UsageError("it is not clear which task is for which data", where=where, hint=hint)
+    if build.gate_column is not None and len(data) > 1:
+        hint = "name columns in a recipe: `evaluation: [{data: FILE, columns: {ROLE: NAME}}, …]`"
+        raise UsageError(f"--gate-column with {len(data)} --gate-data", hint=hint)
+    base = written[0] if written else EvaluationSpec()
+    if len(data) > 1:
+        base = replace(base, name=None)
+    if build.gate_column is not None:
+        base = replace(base, columns=parse_columns(build.gate_column, "--gate-column"))
+    if build.gate_confidence is not None:
+        base = replace(base, confidence=parse_share(build.gate_confidence, where="--gate-confidence"))
+    count = max(1, len(data))
+    each = zip(data or [base.data], tasks * (count if len(tasks) == 1 else 1) or [base.task] * count, strict=True)
+    return tuple(replace(base, data=one, task=task) for one, task in each)
 
 
 @contextmanager

@@ -42,7 +42,19 @@ when it lies outside, and is undecided in between, or with fewer than {fewest} s
 (`--gate-data`, `evaluation: {{data: FILE}}`): calibration text is never taken for it. Speed, load time and memory are
 medians over repeats (`evaluation: {{repeats: 9}}`), of the source in turns with the artifact, each in a process of its
 own. What was measured is in llmopt.run.json. Limits are written `2%`, `0.35`, `500ms`, `2GiB`. `points` are differences
-of shares: `accuracy_drop<=1%` allows 0.80 where the source has 0.81."""
+of shares: `accuracy_drop<=1%` allows 0.80 where the source has 0.81.
+
+`evaluation` may be a list, `--gate-data` be given several times. A gate is then measured with all data whose task gives
+its metric, as it is measured of all exports; `accuracy@mmlu>=60%` names one of them, by the file's name without its
+ending or by its `name`. Of several, the one without `data` says how speed is measured. Data that no gate needs, and
+settings that nothing heeds, are refused.
+
+```yaml
+gates: [perplexity_increase<=2%, accuracy_drop<=1%]
+evaluation:
+  - {{data: wiki.txt}}
+  - {{data: mmlu.jsonl, task: multiple-choice, samples: 1000}}
+```"""
 
 
 def pages() -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from xml.etree import ElementTree as ET
 
 from ..core.errors import UsageError
-from ..evaluation.gates import in_words
+from ..evaluation.gates import in_words, label
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,7 +92,7 @@ def _verification(record: ExportRecord, seconds: dict[str, float]) -> Case:
 
 
 def _gate(gate: GateRecord) -> Case:
-    name = f"{gate.text} ({gate.export})"
+    name = label(gate)
     if gate.verdict == "passed":
         return Case("gates", name)
     return Case("gates", name, 0.0, "failure", gate.verdict, in_words(gate), in_words(gate))

@@ -26,4 +26,4 @@ def command(
     loaded = load_recipe(recipe)
     if build.output is None and not build.dry_run:
         build = replace(build, output=default_output(recipe))
-    execute(loaded, build, screen, inputs=[recipe])
+    execute(loaded, build, screen, written_in=recipe)

@@ -93,16 +93,16 @@ def gate_sections(gates: Sequence[GateRecord]) -> list[Section]:
     """Show every gate: what was measured, the interval it lies in, and the verdict."""
     if not gates:
         return []
-    several = len({gate.export for gate in gates}) > 1
+    beside = [name for name in ("export", "evaluation") if len({getattr(gate, name) or "" for gate in gates}) > 1]
     rows: list[tuple[str, ...]] = []
     for gate in gates:
         needed = f", {gate.samples_needed} samples would decide" if gate.samples_needed else ""
         verdict = {"passed": "passed", "failed": "FAILED", "undecided": f"UNDECIDED{needed}"}[gate.verdict]
         interval = _interval(gate.low, gate.high, gate.unit) if gate.samples else "exact"
         row = (gate.text, in_unit(gate.value, gate.unit), interval, str(gate.samples or "-"), verdict)
-        rows.append((gate.export, *row) if several else row)
-    header = ("gate", "measured", "interval", "samples", "verdict")
-    return [Table("Gates", ("export", *header) if several else header, rows, frozenset({3 + several}))]
+        rows.append((*(getattr(gate, name) or "-" for name in beside), *row))
+    header = (*beside, "gate", "measured", "interval", "samples", "verdict")
+    return [Table("Gates", header, rows, frozenset({3 + len(beside)}))]
 
 
 def evaluation_sections(report: Mapping[str, Any]) -> list[Section]:

@@ -175,6 +175,7 @@ class GateRecord(msgspec.Struct, frozen=True, kw_only=True):
         samples_needed: about how many would decide it; None where it is decided, or that cannot be told.
         against: "source" when it is measured against the source, None when it is absolute.
         export: which one was measured.
+        evaluation: name of the test data; None for size and speed.
         confidence: with which `value` lies in its interval.
     """
 
@@ -191,14 +192,12 @@ class GateRecord(msgspec.Struct, frozen=True, kw_only=True):
     samples_needed: int | None = None
     against: Literal["source"] | None = None
     export: str
+    evaluation: str | None = None
     confidence: float | None = None
 
 
 class InputRecord(msgspec.Struct, frozen=True):
-    """A file that was read: its size, when it was changed last (ns since 1970), and its hash.
-
-    The hash is empty where the manifest has it: of weights, config.json and the calibration file.
-    """
+    """A file that was read: its size, when it was changed last (ns since 1970), and its hash."""
 
     path: str
     bytes: int

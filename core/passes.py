@@ -21,6 +21,7 @@ from .params import Params
 from .patterns import matches
 from .progress import Reporter, Silent
 from .quantized import Grid
+from .reads import Input
 from .target import Target
 from .text import TextRequest, TextRows
 
@@ -164,7 +165,7 @@ class Pass(Generic[P]):
         """Return what text the pass reads beside the calibration samples, None when it reads none."""
         return None
 
-    def inputs(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[Input, ...]:
         """Return the files, folders and hub ids that the parameters name and the pass reads."""
         return ()
 

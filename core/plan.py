@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from .facts import ModelFacts
+from .reads import Read
 from .recipe import Recipe
 
 
@@ -49,6 +50,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         peak_bytes: estimated peak memory of the process in bytes.
         output_bytes: estimated size of all exports together.
         limits: what keeps the peak there.
+        reads: every file that will be read.
     """
 
     recipe: Recipe
@@ -58,6 +60,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: int
     output_bytes: int
     limits: Limits = Limits()
+    reads: tuple[Read, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Render for `--json`; the layers are counted, not listed."""

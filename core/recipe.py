@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
@@ -65,6 +67,13 @@ class EvaluationSpec(Params, frozen=True, kw_only=True):
             "hf:NAME[/CONFIG][:SPLIT]."
         ),
     ] = None
+    name: Annotated[
+        Annotated[str, Meta(pattern=r"^[\w.-]+$")] | None,
+        Meta(
+            description="What gates call the data: METRIC@NAME. The file's name without its ending when left out, with "
+            "a hyphen for what is no letter, digit, point or underline."
+        ),
+    ] = None
     task: Annotated[
         str | None,
         Meta(
@@ -87,6 +96,13 @@ class EvaluationSpec(Params, frozen=True, kw_only=True):
     confidence: Annotated[float, Meta(gt=0, lt=1, description="Confidence of the intervals.")] = 0.95
     repeats: Annotated[int, Meta(ge=1, description="How often speed, load time and memory are measured.")] = 5
 
+    @property
+    def label(self) -> str:
+        """What gates call the data; empty without any."""
+        if self.name is not None or self.data is None:
+            return self.name or ""
+        return re.sub(r"[^\w.-]+", "-", PurePath(self.data.removeprefix("hf:")).stem)
+
 
 class Step(msgspec.Struct, frozen=True):
     """A pass or an export with its raw parameters: in a recipe `- gptq: {bits: 4}`, or just `- gptq`."""
@@ -103,7 +119,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     passes: tuple[Step, ...] = ()
     exports: tuple[Step, ...] = ()
     gates: tuple[str, ...] = ()
-    evaluation: EvaluationSpec | None = None
+    evaluation: tuple[EvaluationSpec, ...] = ()
     seed: int = 0
     threads: int | None = None
 
@@ -118,15 +134,19 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         data["exports"] = [{step.name: step.params} if step.params else step.name for step in self.exports]
         if self.gates:
             data["gates"] = list(self.gates)
-        if self.evaluation is not None:
-            usual = msgspec.to_builtins(EvaluationSpec())
-            given = msgspec.to_builtins(self.evaluation)
-            data["evaluation"] = {key: value for key, value in given.items() if value != usual[key]}
+        if self.evaluation:
+            evaluations = [_without_usual(one) for one in self.evaluation]
+            data["evaluation"] = evaluations if len(evaluations) > 1 else evaluations[0]
         if self.seed:
             data["seed"] = self.seed
         if self.threads is not None:
             data["threads"] = self.threads
         return data
+
+
+def _without_usual(spec: EvaluationSpec) -> dict[str, Any]:
+    usual = msgspec.to_builtins(EvaluationSpec())
+    return {key: value for key, value in msgspec.to_builtins(spec).items() if value != usual[key]}
 
 
 def _without_none(data: dict[str, Any]) -> dict[str, Any]:

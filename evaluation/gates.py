@@ -20,7 +20,10 @@ from .intervals import FEWEST, samples_needed
 from .metrics import METRICS, Metric, metric
 
 Comparison = Literal["<=", ">="]
-_GATE = re.compile(r"(?:(?P<export>[\w-]+):)?\s*(?P<metric>[\w-]+)\s*(?P<comparison><=|>=|=|<|>)\s*(?P<limit>\S.*)")
+_GATE = re.compile(
+    r"(?:(?P<export>[\w-]+):)?\s*(?P<metric>[\w-]+)(?:@(?P<evaluation>[\w.-]+))?"
+    r"\s*(?P<comparison><=|>=|=|<|>)\s*(?P<limit>\S.*)"
+)
 _NUMBER = re.compile(r"([+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([%a-zA-Z/]*)")
 _UNITS: dict[str, dict[str, float]] = {
     "": {"": 1},
@@ -46,6 +49,7 @@ class Gate:
         comparison: `<=` for a largest value, `>=` for a smallest.
         limit: in the metric's unit; shares are parts of one.
         export: the only export it is for, all when None.
+        evaluation: the only test data that it is measured with, all that give its metric when None.
     """
 
     text: str
@@ -53,6 +57,7 @@ class Gate:
     comparison: Comparison
     limit: float
     export: str | None = None
+    evaluation: str | None = None
 
     @property
     def metric(self) -> Metric:
@@ -76,7 +81,7 @@ class Measured:
 
 
 def parse_gate(text: str, *, where: str) -> Gate:
-    """Read a gate such as `perplexity_increase<=2%`, `size<=2GiB` or `onnx-genai:decode_speedup>=1.5`.
+    """Read a gate such as `size<=2GiB`, `onnx-genai:decode_speedup>=1.5` or `accuracy@mmlu>=60%`.
 
     Args:
         text: the gate.
@@ -97,8 +102,11 @@ def parse_gate(text: str, *, where: str) -> Gate:
             where=f"{where}: {text}",
             hint=f"write {name}{declared.comparison}{found['limit']}, which asks for {verb} that",
         )
+    if found["evaluation"] is not None and declared.group != "quality":
+        hint = f"leave @{found['evaluation']} out"
+        raise UsageError(f"`{name}` is not measured with test data", where=f"{where}: {text}", hint=hint)
     limit = _limit(found["limit"], declared, where=f"{where}: {text}")
-    return Gate(text.strip(), name, declared.comparison, limit, found["export"])
+    return Gate(text.strip(), name, declared.comparison, limit, found["export"], found["evaluation"])
 
 
 def _limit(text: str, declared: Metric, *, where: str) -> float:
@@ -141,14 +149,16 @@ def gates_of(raw: Any, *, where: str) -> tuple[str, ...]:
 
 def _from_pair(key: str, value: Any, where: str) -> str:
     export, colon, name = key.rpartition(":")
-    declared = metric(name.strip(), where=where)
+    declared = metric(name.partition("@")[0].strip(), where=where)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UsageError(f"`{value}` is no limit", where=f"{where}, {key}", hint='write a number, or a text as "2%"')
     return f"{export}{colon}{name.strip()}{declared.comparison}{value}"
 
 
-def judge(gate: Gate, measured: Measured, *, export: str, confidence: float | None = None) -> GateRecord:
-    """Compare a measurement with a gate; `confidence` is that of its interval."""
+def judge(
+    gate: Gate, measured: Measured, *, export: str, evaluation: str | None = None, confidence: float | None = None
+) -> GateRecord:
+    """Compare a measurement with a gate; `confidence` is that of its interval, `evaluation` names the test data."""
     low, high = measured.interval or (-math.inf, math.inf)
     at_most = gate.comparison == "<="
     if math.isnan(measured.value):
@@ -177,8 +187,15 @@ def judge(gate: Gate, measured: Measured, *, export: str, confidence: float | No
         samples_needed=needed,
         against="source" if gate.metric.source else None,
         export=export,
+        evaluation=evaluation,
         confidence=confidence if measured.samples else None,
     )
+
+
+def label(record: GateRecord) -> str:
+    """Return the gate as it was written, the export, and the test data it was measured with."""
+    beside = record.export if record.evaluation is None else f"{record.export}, {record.evaluation}"
+    return f"{record.text} ({beside})"
 
 
 def in_words(record: GateRecord) -> str:

@@ -7,7 +7,6 @@ because a header that lies about sizes deserves a message that names the tensor.
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.digests import Digest, file_sha256, files_sha256
 from ..core.errors import LlmoptError
 from ..core.untrusted import MAX_JSON, UnreadableError, check_links, is_plain_name, parse_json, read_json
 
@@ -195,14 +195,9 @@ class Checkpoint:
         """Config and shards."""
         return sorted({info.shard for info in self.tensors.values()} | {self.folder / "config.json"})
 
-    def sha256(self) -> str:
+    def sha256(self, digest: Digest = file_sha256) -> str:
         """Return a hash over config and shards: names and bytes, in order of the names."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(file.name.encode() + b"\0")
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
+        return files_sha256(((file.name, file) for file in self.files), digest)
 
     def _check_index(self) -> None:
         path = self.folder / INDEX

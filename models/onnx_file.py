@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from ..core.digests import Digest, file_sha256, files_sha256
 from ..core.errors import LlmoptError
 from ..core.facts import ModelFacts
 from ..core.untrusted import is_inner_path, lies_in
@@ -68,9 +68,9 @@ class GraphSource:
         names = sorted({str(tensor.location) for tensor in external_tensors(self.graph())})
         return [self.path, *(self.path.parent / name for name in names)]
 
-    def sha256(self) -> str:
+    def sha256(self, digest: Digest = file_sha256) -> str:
         """Return a hash over the graph and its external data."""
-        return _sha256(self.files)
+        return files_sha256(((file.relative_to(self.path.parent).as_posix(), file) for file in self.files), digest)
 
     def save_side_files(self, directory: Path) -> None:
         """Copy config, tokenizer and processor files that lie beside the graph."""
@@ -230,12 +230,3 @@ def _led_to(place: Path) -> str:
 
 def _damaged(path: Path, why: str) -> LlmoptError:
     return LlmoptError(f"`{path.name}` is damaged", where=f"{path}\n{why}", hint=_AGAIN)
-
-
-def _sha256(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(files[0].parent).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

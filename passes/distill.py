@@ -12,6 +12,7 @@ from ..core.facts import ModelFacts
 from ..core.model import ModelHandle
 from ..core.params import Params
 from ..core.passes import ModelPass, Need, Pass, PassContext, PassResult
+from ..core.reads import Input
 from ..core.target import Target
 from ..core.text import TextRequest
 
@@ -190,9 +191,10 @@ class Distill(ModelPass[DistillParams]):
         """Return the named teacher."""
         return self.params.teacher
 
-    def inputs(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[Input, ...]:
         """Return the named teacher and the named text."""
-        return tuple(one for one in (self.params.teacher, self.params.data) if one is not None)
+        teacher = () if self.params.teacher is None else (Input("teacher", self.params.teacher),)
+        return teacher if self.params.data is None else (*teacher, Input("text", self.params.data))
 
     def trains(self) -> bool:
         """Return that several processes can share the work."""
@@ -243,6 +245,25 @@ class Distill(ModelPass[DistillParams]):
                 hint="use a dense model",
             )
         self._check_losses(facts, losses, where)
+        self._check_heeded(losses, where)
+
+    def _check_heeded(self, losses: dict[str, float], where: str) -> None:
+        """Refuse parameters that do nothing without others."""
+        params, usual = self.params, DistillParams()
+        compared = bool({"kl", "reverse_kl", "js"} & losses.keys())
+        for names, heeded, needs in (
+            (("lora_alpha", "lora_targets"), params.lora_rank is not None, "`lora_rank`"),
+            (("top_k",), params.cache is not None, "`cache`"),
+            (("column",), params.data is not None, "`data`"),
+            (("relation_heads",), "relation" in losses, "a weight for `relation`"),
+            (("temperature",), compared, "a weight for `kl`, `reverse_kl` or `js`"),
+            (("teacher", "align_vocab"), losses.keys() != {"lm"}, "a loss that compares with a teacher"),
+        ):
+            idle = next((name for name in names if getattr(params, name) != getattr(usual, name)), None)
+            if idle is not None and not heeded:
+                raise UsageError(
+                    f"`{idle}` does nothing without {needs}", where=where, hint="give that too, or leave it out"
+                )
 
     def _check_losses(self, facts: ModelFacts, losses: dict[str, float], where: str) -> None:
         if not losses:

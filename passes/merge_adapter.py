@@ -14,6 +14,7 @@ from ..core.facts import ModelFacts
 from ..core.model import ModelHandle
 from ..core.params import Params
 from ..core.passes import ModelPass, PassContext, PassResult
+from ..core.reads import Input
 from ..core.target import Target
 from ..core.untrusted import MAX_JSON, parse_json, read_json
 
@@ -77,9 +78,9 @@ class MergeAdapter(ModelPass[MergeAdapterParams]):
     before_rounding = True
     Params = MergeAdapterParams
 
-    def inputs(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[Input, ...]:
         """Return the adapters."""
-        return self.params.adapters
+        return tuple(Input("adapter", folder) for folder in self.params.adapters)
 
     def check(self, facts: ModelFacts, target: Target) -> None:  # noqa: ARG002
         """Refuse adapters that are not there, are pickled, or were trained for another model."""

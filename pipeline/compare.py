@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.digests import file_sha256
 from ..core.errors import UsageError
 from ..core.manifest import ExportRecord, Manifest
 from ..core.progress import Reporter
@@ -198,8 +199,7 @@ def _digests(name: str, folder: Path, reporter: Reporter) -> Iterator[tuple[str,
         yield from _unpacked_digests(folder, reporter)
     elif name == "openvino":
         for file in sorted(folder.glob("*.bin")):
-            with file.open("rb") as stream:
-                yield file.name, hashlib.file_digest(stream, "sha256").hexdigest()
+            yield file.name, file_sha256(file)
     else:
         yield from _graph_digests(folder, reporter)
 

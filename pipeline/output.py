@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -11,11 +10,11 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..core.digests import file_sha256
 from ..core.ends import undone_by, whole
 from ..core.errors import UsageError
 from ..core.manifest import MANIFEST, FileRecord
 from ..core.processes import is_main
-from ..core.recipe import Recipe
 from .cache.locks import Lock, lock_file
 
 _PARTIAL, _FORMER = ".partial", ".former"
@@ -206,19 +205,11 @@ def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> N
             hint="give another folder with -o, or remove it yourself",
         )
     for path in inputs:
-        if path.resolve().is_relative_to(place):
+        # A link in the output is lost with it, wherever it leads.
+        if any(one.is_relative_to(place) for one in (path.resolve(), path.parent.resolve() / path.name)):
             raise UsageError(f"`{output}` holds what is read", where=str(path), hint="give another folder with -o")
     if not force:
         raise UsageError(f"`{output}` exists already", hint="replace it with --force, or give another folder with -o")
-
-
-def inputs_of(recipe: Recipe) -> list[Path]:
-    """Return the local files and folders that a recipe reads."""
-    named = [recipe.model.id] if recipe.calibration is None else [recipe.model.id, recipe.calibration.data]
-    if recipe.evaluation is not None and recipe.evaluation.data is not None:
-        named.append(recipe.evaluation.data)
-    named += [str(step.params[key]) for step in recipe.passes for key in ("data", "teacher") if step.params.get(key)]
-    return [path for name in named if (path := Path(name).expanduser()).exists()]
 
 
 def failed_folder(output: Path) -> Path:
@@ -269,8 +260,7 @@ def file_records(root: Path, *, skip: frozenset[str] = frozenset({MANIFEST})) ->
 
 def file_record(path: Path) -> FileRecord:
     """Return size and SHA-256 of a file."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = file_sha256(path)
     return FileRecord(bytes=path.stat().st_size, sha256=digest)
 
 

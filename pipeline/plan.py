@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -23,17 +24,19 @@ from .grids import check_exports, input_grid, packed_bytes, quantized_layers
 from .materials import check_materials
 from .measuring.gating import plan_gates
 from .memory import estimate
+from .reads import files_read
 from .steps import AnyExporter, AnyPass, check_graph_passes, check_graph_source, exporters_of, passes_of, sweeps
 
 _WIDTHS = dict(DTYPES.values())
 
 
-def make_plan(recipe: Recipe, *, max_memory: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, *, max_memory: int | None = None, written_in: Path | None = None) -> Plan:
     """Check a recipe against its model and lay out the work.
 
     Args:
         recipe: what to do.
         max_memory: bytes that the process may take at its peak.
+        written_in: the file that holds the recipe, None where no file does.
 
     Raises:
         UsageError: it cannot work, or not within `max_memory`.
@@ -76,7 +79,7 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None) -> Plan:
         for one, before in zip(passes, outlines, strict=False):
             check_materials(one, location, facts, before, recipe.calibration)
     check_exports(exporters, passes, final)
-    gates = plan_gates(recipe, location, facts, final) if recipe.gates else []
+    gates = plan_gates(recipe, location, facts, final)
     memory = estimate(facts, passes, exporters, recipe.calibration, max_memory)
     return Plan(
         recipe=recipe,
@@ -88,6 +91,7 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None) -> Plan:
             _size(exporter, passes, final) if location.graph is None else facts.bytes for exporter in exporters
         ),
         limits=memory.limits,
+        reads=files_read(recipe, passes, written_in=written_in),
     )
 
 

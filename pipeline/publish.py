@@ -14,6 +14,7 @@ from ..core.errors import LlmoptError, UnmetError, UsageError
 from ..core.manifest import MANIFEST, RUN, FileRecord, Manifest, RunRecord
 from ..core.progress import Reporter
 from ..core.untrusted import is_inner_path, lies_in
+from ..evaluation.gates import label
 from .artifact import existing_folder, read_manifest, read_run
 from .output import file_record, readable, staging
 
@@ -161,7 +162,7 @@ def _check_met(directory: Path, manifest: Manifest, run: RunRecord | None) -> No
     """Refuse an artifact that was set aside: it is not the model, or did not meet a gate."""
     exports = ((one.name, parity) for one in manifest.exports for parity in (one.verification, one.adapted))
     failed = [name for name, parity in exports if parity is not None and not parity.passed]
-    unmet = [gate.text for gate in (run.gates if run is not None else ()) if gate.verdict != "passed"]
+    unmet = [label(gate) for gate in (run.gates if run is not None else ()) if gate.verdict != "passed"]
     if failed or unmet:
         what = "the verification" if failed else "a gate"
         raise UnmetError(

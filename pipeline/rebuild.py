@@ -86,7 +86,8 @@ def _plan(manifest: Manifest, root: Path) -> Plan:
     if revision := manifest.source.get("revision"):
         recipe = msgspec.structs.replace(recipe, model=msgspec.structs.replace(recipe.model, revision=revision))
     try:
-        plan = make_plan(msgspec.structs.replace(recipe, gates=()))  # gates judge an artifact, and change no byte of it
+        # Gates judge an artifact, and change no byte of it.
+        plan = make_plan(msgspec.structs.replace(recipe, gates=(), evaluation=()))
     except UsageError as error:
         where = error.where or str(root / MANIFEST)
         raise LlmoptError(f"cannot build it again: {error.what}", where=where, hint=_ELSEWHERE) from None

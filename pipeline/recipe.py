@@ -146,7 +146,7 @@ def parse_recipe(raw: Any, *, where: str) -> Recipe:
     if "model" not in data:
         raise UsageError("the recipe names no model", where=where, hint="add a line `model: PATH`")
     model = data["model"]
-    calibration, evaluation = data.get("calibration"), data.get("evaluation")
+    calibration = data.get("calibration")
     seed = data.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UsageError("seed must be a whole number, at least 0", where=where, hint="write for example `seed: 1`")
@@ -163,10 +163,20 @@ def parse_recipe(raw: Any, *, where: str) -> Recipe:
         passes=_steps(data.get("passes"), where=f"{where}, passes"),
         exports=_steps(data.get("exports"), where=f"{where}, exports"),
         gates=gates_of(data.get("gates"), where=f"{where}, gates"),
-        evaluation=None if evaluation is None else convert(evaluation, EvaluationSpec, where=f"{where}, evaluation"),
+        evaluation=_evaluations(data.get("evaluation"), where=f"{where}, evaluation"),
         seed=seed,
         threads=threads,
     )
+
+
+def _evaluations(raw: Any, *, where: str) -> tuple[EvaluationSpec, ...]:
+    """Read one evaluation, or a list of them."""
+    if raw is None:
+        return ()
+    if not isinstance(raw, list):
+        return (convert(raw, EvaluationSpec, where=where),)
+    each = enumerate(cast("list[Any]", raw))
+    return tuple(convert(one, EvaluationSpec, where=f"{where}[{index}]") for index, one in each)
 
 
 def dump_recipe(recipe: Recipe, path: Path) -> None:
@@ -236,7 +246,7 @@ def recipe_schema() -> dict[str, Any]:
             "calibration": reference[CalibrationSpec],
             **{key: steps(group) for key, group in kinds.items()},
             "gates": _gates_schema(),
-            "evaluation": reference[EvaluationSpec],
+            "evaluation": {"anyOf": [reference[EvaluationSpec], {"type": "array", "items": reference[EvaluationSpec]}]},
             "seed": {"type": "integer", "default": 0, "minimum": 0},
             "threads": {"type": "integer", "default": DEFAULT, "minimum": 1},
         },
@@ -252,14 +262,15 @@ def _gates_schema() -> dict[str, Any]:
         name: {"type": ["number", "string"], "description": f"{metric.about} ({metric.comparison} the limit)"}
         for name, metric in METRICS.items()
     }
-    of_one_export = {f"^[\\w-]+:({'|'.join(METRICS)})$": {"type": ["number", "string"]}}
+    names = "|".join(METRICS)
+    of_one = {f"^([\\w-]+:)?({names})(@[\\w.-]+)?$": {"type": ["number", "string"]}}
     return {
         "description": "Limits that the artifact must meet; otherwise it stands aside, and the run ends with exit 3.",
         "anyOf": [
             {
                 "type": "object",
                 "properties": limits,
-                "patternProperties": of_one_export,
+                "patternProperties": of_one,
                 "additionalProperties": False,
             },
             {"type": "array", "items": {"type": "string"}},

@@ -282,13 +282,17 @@ def _size_path(manifest: Manifest, exports: Sequence[ExportEntry], gates: Sequen
             steps.append(PathStep(name=record.name, size_bytes=size, share=_share(size, manifest), quality=quality))
     for entry in exports:
         name = f"export {entry.name}"
-        quality = {
-            f"{gate.metric}_{gate.unit}" if gate.unit in {"share", "nats"} else gate.metric: gate.value
-            for gate in gates
-            if gate.export == entry.name and _measures_quality(gate.metric)
-        }
+        own = [gate for gate in gates if gate.export == entry.name and _measures_quality(gate.metric)]
+        quality = {_figure(gate, own): gate.value for gate in own}
         steps.append(PathStep(name=name, size_bytes=entry.size_bytes, share=entry.share, quality=quality))
     return steps
+
+
+def _figure(gate: GateRecord, gates: Sequence[GateRecord]) -> str:
+    """Return the name of what was measured, with that of the test data where the same was measured with others too."""
+    name = f"{gate.metric}_{gate.unit}" if gate.unit in {"share", "nats"} else gate.metric
+    several = any(one.metric == gate.metric and one.evaluation != gate.evaluation for one in gates)
+    return f"{gate.evaluation}_{name}" if several else name
 
 
 def _measures_quality(name: str) -> bool:

@@ -53,7 +53,7 @@ def verify(directory: Path, *, reporter: Reporter) -> list[ExportRecord]:
     verified = [_check_answers(root, record, manifest, reporter) for record in chosen]
     unmet = [record for record in verified if record.verification is not None and not record.verification.passed]
     if unmet:
-        from .run import judged
+        from .verdict import judged
 
         raise UnmetError(
             f"`{directory}` no longer gives the answers of the model that was exported",

@@ -7,6 +7,7 @@ from importlib.resources import files
 
 from ...core.manifest import GateRecord
 from ...core.numbers import in_unit, labelled, number, plain, seconds, share, size
+from ..gates import label
 from . import charts
 from .comparison import comparison
 from .document import ArtifactEntry, ExportEntry, LayerMap, PassEntry, Report
@@ -250,7 +251,7 @@ def _gate(gate: GateRecord) -> Markup:
     )
     told += f"; {counted(gate.samples, 'sample')}" if gate.samples else ""
     told += f", about {number(gate.samples_needed)} are needed" if gate.samples_needed is not None else ""
-    top = [element("strong", element("span", words, class_=kind)), f" {gate.text} ({gate.export})"]
+    top = [element("strong", element("span", words, class_=kind)), f" {label(gate)}"]
     drawn = charts.interval(gate.value, low, high, gate.limit, told)
     return element("figure", element("figcaption", top), drawn, element("p", told), class_="gate")
 

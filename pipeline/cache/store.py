@@ -10,7 +10,6 @@ Failures are not kept: an entry without its index is only what a killed run had 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from ...core.digests import file_sha256
 from ...core.manifest import FileRecord
 from ...core.progress import Reporter, Silent
 from .locks import Lock
@@ -320,8 +320,7 @@ def check_file(path: Path, record: FileRecord) -> None:
     try:
         if path.stat().st_size != record.bytes:
             raise DamagedError(f"{path.name} has another size than was written")
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = file_sha256(path)
     except OSError as error:
         raise DamagedError(f"{path.name}: {(error.strerror or 'unreadable').lower()}") from None
     if digest != record.sha256:

@@ -107,7 +107,7 @@ def choose_task(
         raise UsageError(
             "the metrics belong to several tasks",
             where=", ".join(f"{one} ({' or '.join(METRICS[one].tasks)})" for one in wanted),
-            hint="one run measures one task: leave out one of them",
+            hint="give each task data of its own: --gate-data again, in a recipe a list under `evaluation`",
         )
     return fit[0] if len(fit) == 1 else _by_columns(fit, options)
 
@@ -137,9 +137,13 @@ def open_data(task: type[Task], options: EvalOptions) -> Fields:
     """Return the data with the columns that a task needs; of them at most the first row is read.
 
     Raises:
-        UsageError: a column is not there, or cannot be told.
+        UsageError: a column is not there, or cannot be told; or the task does not heed what is said of its samples.
     """
     assert options.data is not None
+    for name in ("length", "max_new_tokens"):
+        if getattr(options.samples, name) is not None and name not in task.settings:
+            known = ", ".join(other for other, one in TASKS.items() if name in one.settings)
+            raise UsageError(f"{task.name} does not heed `{name}`", hint=f"leave it out: it is for {known}")
     named = {role or "text": column for role, column in options.columns.items()}
     if task is Perplexity:
         unknown = next((role for role in named if role != "text"), None)

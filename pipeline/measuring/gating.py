@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...core.errors import LlmoptError, UsageError, nearest
@@ -10,36 +10,19 @@ from ...core.facts import ModelFacts
 from ...core.manifest import ExportRecord, GateRecord
 from ...core.plan import Plan, PlanStep
 from ...core.progress import Reporter
-from ...core.recipe import EvaluationSpec, Recipe
-from ...evaluation.gates import Gate, Measured, judge, parse_gate
-from ...evaluation.metrics import METRICS
+from ...core.recipe import Recipe
+from ...evaluation.gates import Gate, Measured, judge
+from ...evaluation.metrics import METRICS, Group
 from ...models.locate import Location
 from ..artifact import Artifact
-from .asking import (
-    HARNESS,
-    EvalOptions,
-    ask,
-    ask_one,
-    choose_task,
-    comparable,
-    measured,
-    open_data,
-)
+from .asking import ask, ask_one, comparable, measured, open_data
+from .assigning import Assigned, assigned, check_settings, gates_of_recipe, speed_spec
 from .speed import measure_speed
 from .subjects import Subject, source_subject, subject_of
-from .tasks import SOURCE, Found, Task, TaskOptions
+from .tasks import SOURCE, Found, Task
 
 _GENERATING = frozenset({"prefill_speed", "prefill_speedup", "decode_speed", "decode_speedup"})
 _COMPUTING = frozenset({"throughput", "throughput_speedup"})
-
-
-def gates_of_recipe(recipe: Recipe) -> list[Gate]:
-    """Return a recipe's gates.
-
-    Raises:
-        UsageError: one cannot be read.
-    """
-    return [parse_gate(text, where="gates") for text in recipe.gates]
 
 
 def plan_gates(recipe: Recipe, location: Location, facts: ModelFacts, final: ModelFacts) -> list[PlanStep]:
@@ -55,18 +38,22 @@ def plan_gates(recipe: Recipe, location: Location, facts: ModelFacts, final: Mod
         UsageError: an export that is not made, no test data, or a metric that the model or the data cannot give.
     """
     gates = gates_of_recipe(recipe)
-    spec = recipe.evaluation or EvaluationSpec()
     _check_exports(gates, recipe)
-    quality = [gate for gate in gates if gate.metric.group == "quality"]
-    steps: list[PlanStep] = []
-    if quality:
-        task = _check_quality(quality, spec, location, facts, final)
-        data = f"{task.title} on {spec.data}"
-        steps += [_step(gate, data) for gate in quality]
+    sets = assigned(recipe, final.config, sentence=location.sentence is not None, model=facts.source)
+    check_settings(recipe)
+    steps = [_step(gate, f"{one.task.title} on {one.options.data}") for one in sets for gate in one.gates]
+    for one in sets:
+        if not facts.has_tokenizer:
+            raise UsageError(
+                f"`{facts.source}` has no tokenizer",
+                where=f"gate `{one.gates[0].text}` reads text",
+                hint="put tokenizer.json and tokenizer_config.json beside the weights",
+            )
+        open_data(one.task, one.options)
     for gate in gates:
         if gate.metric.group == "speed":
             _check_speed(gate, facts)
-            steps.append(_step(gate, f"median of {spec.repeats} repeats"))
+            steps.append(_step(gate, f"median of {speed_spec(recipe).repeats} repeats"))
         elif gate.metric.group == "size":
             steps.append(_step(gate, "counted"))
     order = [gate.text for gate in gates]
@@ -87,35 +74,6 @@ def _check_exports(gates: Sequence[Gate], recipe: Recipe) -> None:
             raise UsageError(f"no export `{gate.export}`", where=f"gate {gate.text}", hint=nearest(gate.export, names))
 
 
-def _check_quality(
-    gates: Sequence[Gate], spec: EvaluationSpec, location: Location, facts: ModelFacts, final: ModelFacts
-) -> type[Task]:
-    if spec.data is None:
-        raise UsageError(
-            f"gate `{gates[0].text}` needs test data",
-            where="calibration text is not taken for it: an artifact has been fitted to that",
-            hint="name other data with --gate-data SPEC, in a recipe `evaluation: {data: SPEC}`",
-        )
-    if spec.task is not None and spec.task.startswith(HARNESS):
-        raise UsageError(
-            f"gates cannot be measured with `{spec.task}`",
-            where="gates take tasks that are paired with the source sample by sample",
-            hint=f"run `llmopt eval DIR --task {spec.task}` on the finished artifact, and gate on --gate-data",
-        )
-    options = options_of(spec)
-    sentence = location.sentence is not None
-    wanted = [gate.name for gate in gates]
-    task = choose_task(options, final.config, sentence=sentence, name=facts.source, wanted=wanted)
-    if not facts.has_tokenizer:
-        raise UsageError(
-            f"`{facts.source}` has no tokenizer",
-            where=f"gate `{gates[0].text}` reads text",
-            hint="put tokenizer.json and tokenizer_config.json beside the weights",
-        )
-    open_data(task, options)
-    return task
-
-
 def _check_speed(gate: Gate, facts: ModelFacts) -> None:
     if "vocab_size" not in facts.config or facts.model_type == "whisper":
         where = f"speed and memory are measured with text, `{facts.source}` is {facts.architecture}"
@@ -129,25 +87,19 @@ def _check_speed(gate: Gate, facts: ModelFacts) -> None:
         )
 
 
-def options_of(spec: EvaluationSpec) -> EvalOptions:
-    """Return how a recipe wants quality to be measured."""
-    samples = TaskOptions(spec.length, spec.samples, spec.max_new_tokens)
-    return EvalOptions(spec.data, spec.task, spec.columns, samples, spec.confidence)
-
-
 def check_test_data(plan: Plan, location: Location) -> None:
     """Read all test data with the source's tokenizer, so that a row that cannot be used is met before the work.
 
     Raises:
         LlmoptError: a row cannot be used.
     """
-    quality = [gate.name for gate in gates_of_recipe(plan.recipe) if gate.metric.group == "quality"]
-    if quality:
-        options = options_of(plan.recipe.evaluation or EvaluationSpec())
-        source = source_subject(location)
-        sentence = location.sentence is not None
-        kind = choose_task(options, plan.facts.config, sentence=sentence, name=source.name, wanted=quality)
-        kind(open_data(kind, options), source, options.samples)
+    for one in _assigned(plan, location):
+        one.task(open_data(one.task, one.options), source_subject(location), one.options.samples)
+
+
+def _assigned(plan: Plan, location: Location) -> list[Assigned]:
+    sentence = location.sentence is not None
+    return assigned(plan.recipe, plan.facts.config, sentence=sentence, model=plan.facts.source)
 
 
 def run_gates(
@@ -165,20 +117,12 @@ def run_gates(
     Raises:
         LlmoptError: something could not be measured.
     """
-    gates = gates_of_recipe(plan.recipe)
-    if not gates:
-        return []
     run = _Run(plan, location, reporter)
-    records: dict[tuple[int, str], GateRecord] = {}
+    found: list[tuple[int, GateRecord]] = []
     for export in exports:
         own = subject_of(Artifact(root / export.directory, None, None, None), name=export.name)
-        wanted = [gate for gate in gates if gate.export in {None, export.name}]
-        found = run.measure(own, export, [gate.name for gate in wanted])
-        for gate in wanted:
-            confidence = (plan.recipe.evaluation or EvaluationSpec()).confidence
-            record = judge(gate, found[gate.name], export=export.name, confidence=confidence)
-            records[gates.index(gate), export.name] = record
-    return [records[key] for key in sorted(records, key=lambda key: key[0])]
+        found += run.measure(own, export)
+    return [record for _, record in sorted(found, key=lambda one: one[0])]
 
 
 class _Run:
@@ -186,37 +130,41 @@ class _Run:
 
     def __init__(self, plan: Plan, location: Location, reporter: Reporter) -> None:
         self._facts = plan.facts
-        self._spec = plan.recipe.evaluation or EvaluationSpec()
+        self._gates = gates_of_recipe(plan.recipe)
+        self._data = _assigned(plan, location)
+        self._speed_spec = speed_spec(plan.recipe)
         self._location = location
         self._reporter = reporter
         self._source: Subject | None = None
-        self._of_source: Found | None = None
+        self._of_source: dict[str, Found] = {}
         calibration = plan.recipe.calibration
-        same = calibration is not None and self._spec.data == calibration.data
-        if same and any(gate.metric.group == "quality" for gate in gates_of_recipe(plan.recipe)):
-            reporter.warn(f"the gates' test data is the calibration data, {self._spec.data}: it flatters the artifact")
+        for data in [one.options.data for one in self._data]:
+            if calibration is not None and data == calibration.data:
+                reporter.warn(f"the gates' test data is the calibration data, {data}: it flatters the artifact")
 
-    def measure(self, own: Subject, export: ExportRecord, names: Sequence[str]) -> Mapping[str, Measured]:
-        """Measure metrics of one export."""
-        groups: dict[str, list[str]] = {}
-        for name in dict.fromkeys(names):
-            groups.setdefault(METRICS[name].group, []).append(name)
-        found: dict[str, Measured] = {}
-        for name in groups.get("size", ()):
-            found[name] = self._size(name, export)
-        if quality := groups.get("quality"):
-            found |= self._quality(own, quality)
-        if speed := groups.get("speed"):
-            source = self._model() if any(METRICS[name].source for name in speed) else None
-            found |= measure_speed(
-                own,
-                source,
-                speed,
-                repeats=self._spec.repeats,
-                confidence=self._spec.confidence,
-                reporter=self._reporter,
-            )
-        return found
+    def measure(self, own: Subject, export: ExportRecord) -> Iterator[tuple[int, GateRecord]]:
+        """Measure the gates of one export; yield each with its place in the recipe."""
+        for at, gate in self._of(export, "size"):
+            yield at, judge(gate, self._size(gate.name, export), export=export.name)
+        for one in self._data:
+            gates = [(at, gate) for at, gate in self._of(export, "quality") if gate in one.gates]
+            found = self._quality(own, one, [gate.name for _, gate in gates]) if gates else {}
+            for at, gate in gates:
+                confidence = one.options.confidence
+                measured = found[gate.name]
+                yield at, judge(gate, measured, export=export.name, evaluation=one.name, confidence=confidence)
+        speed = self._of(export, "speed")
+        found = self._speed(own, [gate.name for _, gate in speed]) if speed else {}
+        for at, gate in speed:
+            yield at, judge(gate, found[gate.name], export=export.name, confidence=self._speed_spec.confidence)
+
+    def _of(self, export: ExportRecord, group: Group) -> list[tuple[int, Gate]]:
+        """Return the gates on one kind of metric that are for an export, each with its place in the recipe."""
+        return [
+            (at, gate)
+            for at, gate in enumerate(self._gates)
+            if gate.metric.group == group and gate.export in {None, export.name}
+        ]
 
     def _model(self) -> Subject:
         self._source = self._source or source_subject(self._location)
@@ -227,10 +175,15 @@ class _Run:
         value = written / self._facts.bytes if METRICS[name].source else float(written)
         return Measured(value, (value, value), 0)
 
-    def _quality(self, own: Subject, names: Sequence[str]) -> dict[str, Measured]:
-        options = options_of(self._spec)
-        sentence = self._location.sentence is not None
-        kind = choose_task(options, own.config, sentence=sentence, name=own.name, wanted=names)
+    def _speed(self, own: Subject, names: Sequence[str]) -> dict[str, Measured]:
+        source = self._model() if any(METRICS[name].source for name in names) else None
+        spec = self._speed_spec
+        repeats, confidence = spec.repeats, spec.confidence
+        wanted = list(dict.fromkeys(names))
+        return measure_speed(own, source, wanted, repeats=repeats, confidence=confidence, reporter=self._reporter)
+
+    def _quality(self, own: Subject, data: Assigned, names: Sequence[str]) -> dict[str, Measured]:
+        options, kind = data.options, data.task
         task = kind(open_data(kind, options), own, options.samples)
         source = self._model() if any(METRICS[name].source for name in names) else None
         if source is not None and (obstacle := comparable(kind, own, source)) is not None:
@@ -239,13 +192,15 @@ class _Run:
         self._reporter.note(
             f"gates of {own.name}: {task.title} on {options.data}, {len(task)} samples, in {own.runtime.version()}"
         )
-        return measured(kind.name, self._asked(task, own, source, names), names, options.confidence)
+        found = self._asked(task, own, source, data.name, names)
+        return measured(kind.name, found, list(dict.fromkeys(names)), options.confidence)
 
-    def _asked(self, task: Task, own: Subject, source: Subject | None, names: Sequence[str]) -> Found:
-        """Ask the export, and the source unless its answers are known from an earlier export."""
+    def _asked(self, task: Task, own: Subject, source: Subject | None, data: str, names: Sequence[str]) -> Found:
+        """Ask the export, and the source unless its answers to these data are known from an earlier export."""
         if source is None or task.together:
             return ask(task, own, source, self._reporter, names)
         found = task.given() | ask_one(task, own, self._reporter)
-        if self._of_source is None:
-            self._of_source = {SOURCE + name: values for name, values in ask_one(task, source, self._reporter).items()}
-        return found | self._of_source
+        if data not in self._of_source:
+            answers = ask_one(task, source, self._reporter)
+            self._of_source[data] = {SOURCE + name: values for name, values in answers.items()}
+        return found | self._of_source[data]

@@ -50,6 +50,7 @@ def evaluate_harness(own: Subject, options: EvalOptions, reporter: Reporter) -> 
         LlmoptError: the task's data cannot be had, or it asks for something that a session does not do.
     """
     assert options.task is not None
+    _refuse_unheeded(options)
     name = options.task.removeprefix(HARNESS)
     if find_spec("lm_eval") is None:
         raise UsageError(
@@ -84,6 +85,18 @@ def evaluate_harness(own: Subject, options: EvalOptions, reporter: Reporter) -> 
         "confidence": options.confidence,
         "metrics": rows,
     }
+
+
+def _refuse_unheeded(options: EvalOptions) -> None:
+    """Refuse what the harness's own tasks say."""
+    given = {
+        "column": options.columns,
+        "length": options.samples.length,
+        "max-new-tokens": options.samples.max_new_tokens,
+    }
+    for name, value in given.items():
+        if value:
+            raise UsageError(f"--{name} does not apply to `{options.task}`", hint="the task's own file says it")
 
 
 def _manager(data: str | None) -> Any:

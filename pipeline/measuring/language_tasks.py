@@ -30,6 +30,7 @@ class Perplexity(Task):
     """How well a causal language model predicts running text, in windows that do not overlap."""
 
     name = "perplexity"
+    settings = frozenset({"length"})
     title = "perplexity"
     roles = (Role("text", ("text", "messages")),)
     together = True
@@ -313,6 +314,7 @@ class Generate(Task):
     """Whether what a model generates is one of the expected answers, but for white space."""
 
     name = "generate"
+    settings = frozenset({"max_new_tokens"})
     title = "generated answers"
     roles = (
         Role("prompt", ("prompt", "question", "input", "instruction", "query", "source")),

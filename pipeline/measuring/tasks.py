@@ -53,6 +53,8 @@ class Task:
     name: ClassVar[str]
     title: ClassVar[str]
     roles: ClassVar[tuple[Role, ...]]
+    settings: ClassVar[frozenset[str]] = frozenset()
+    """Which of `length` and `max_new_tokens` it heeds."""
     together: ClassVar[bool] = False
     """Whether what compares with the source needs both models at once."""
 

@@ -22,6 +22,7 @@ def test_merging_is_a_recipe(llmopt, pipeline):
         (["merge", "tiny", "-o", "out", "--adapter", "a", "--base", "b"], "--base does not apply"),
         (["extract", "tiny", "-o", "out"], "extract needs the base"),
         (["extract", "tiny", "--base", "b"], "no output folder"),
+        (["merge", "tiny", "-o", "out", "--adapter", "a", "--rank", "16"], "--rank does not apply to merge"),
         (["extract", "tiny", "-o", "out", "--base", "b", "--adapter", "a"], "takes --base and --rank only"),
         (["extract", "tiny", "-o", "out", "--base", "b", "--rank", "0"], "--rank"),
         (["extract", "./no-such", "-o", "out", "--base", "./neither"], "no model at"),

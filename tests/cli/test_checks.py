@@ -58,19 +58,52 @@ def test_gates_reach_the_recipe(llmopt, pipeline, tmp_path):
     assert llmopt("quantize", "model", "-o", str(tmp_path / "out"), *arguments, *more).code == 0
     recipe = pipeline["recipe"]
     assert recipe.gates == ("perplexity_increase<=2%", "size_ratio<=0.35")
-    assert recipe.evaluation == EvaluationSpec(data="test.txt", task="perplexity", columns={"": "text"}, confidence=0.9)
+    spec = EvaluationSpec(data="test.txt", task="perplexity", columns={"": "text"}, confidence=0.9)
+    assert recipe.evaluation == (spec,)
 
 
 def test_gates_of_the_command_line_come_behind_those_of_the_recipe(llmopt, pipeline, tmp_path):
     evaluation = EvaluationSpec(data="a.txt", length=64)
     pipeline["loaded"] = Recipe(
-        model=ModelSpec(id="m"), exports=(Step("onnx"),), gates=("size<=1GiB",), evaluation=evaluation
+        model=ModelSpec(id="m"), exports=(Step("onnx"),), gates=("size<=1GiB",), evaluation=(evaluation,)
     )
     assert (
         llmopt("run", "r.yaml", "-o", str(tmp_path / "o"), "--gate", "perplexity<=9", "--gate-data", "b.txt").code == 0
     )
     assert pipeline["recipe"].gates == ("size<=1GiB", "perplexity<=9")
-    assert pipeline["recipe"].evaluation == EvaluationSpec(data="b.txt", length=64)
+    assert pipeline["recipe"].evaluation == (EvaluationSpec(data="b.txt", length=64),)
+
+
+def test_several_test_data_are_an_evaluation_each(llmopt, pipeline, tmp_path):
+    gates = ["--gate", "perplexity<=9", "--gate", "accuracy@q>=60%", "--gate-confidence", "90%"]
+    data = ["--gate-data", "a.txt", "--gate-data", "q.jsonl"]
+    tasks = ["--gate-task", "perplexity", "--gate-task", "multiple-choice"]
+    command = ["quantize", "model", "-o", str(tmp_path / "out"), *gates, *data]
+    assert llmopt(*command, *tasks).code == 0
+    assert pipeline["recipe"].evaluation == (
+        EvaluationSpec(data="a.txt", task="perplexity", confidence=0.9),
+        EvaluationSpec(data="q.jsonl", task="multiple-choice", confidence=0.9),
+    )
+    assert llmopt(*command, *tasks[:2]).code == 0
+    assert [one.task for one in pipeline["recipe"].evaluation] == ["perplexity"] * 2
+    for more, message in (
+        ([*tasks, "--gate-task", "generate"], "it is not clear which task is for which data"),
+        (["--gate-column", "a=b"], "--gate-column with 2 --gate-data"),
+    ):
+        ended = llmopt(*command, *more)
+        assert (ended.code, ended.out) == (2, "")
+        assert message in ended.err
+
+
+def test_options_do_not_choose_among_a_recipes_evaluations(llmopt, pipeline, tmp_path):
+    evaluation = (EvaluationSpec(data="a.txt"), EvaluationSpec(data="b.txt"))
+    gates = ("perplexity<=9",)
+    pipeline["loaded"] = Recipe(model=ModelSpec(id="m"), exports=(Step("onnx"),), gates=gates, evaluation=evaluation)
+    ended = llmopt("run", "r.yaml", "-o", str(tmp_path / "o"), "--gate-data", "c.txt")
+    assert ended.code == 2
+    assert ended.err.startswith("error: the recipe has 2 evaluations")
+    assert llmopt("run", "r.yaml", "-o", str(tmp_path / "o"), "--gate", "size<=9").code == 0
+    assert pipeline["recipe"].evaluation == evaluation
 
 
 @pytest.mark.parametrize(
@@ -90,6 +123,30 @@ def test_bad_gates_are_refused(llmopt, pipeline, arguments, message):
     ended = llmopt("quantize", "model", "-o", "out", *arguments)
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.startswith(f"error: {message}")
+    assert "run" not in pipeline
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (["--dry-run"], ["--depfile", "out.d"]),
+        (["--dry-run"], ["--if-changed"]),
+        (["--no-cache"], ["--cache-dir", "cache"]),
+    ],
+)
+def test_options_that_leave_each_other_nothing_to_do(llmopt, pipeline, first, second):
+    for begun in (["quantize", "model"], ["export", "model"], ["run", "r.yaml"]):
+        ended = llmopt(*begun, "-o", "out", *first, *second)
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.err.startswith(f"error: {first[0]} and {second[0]} exclude each other")
+    assert "run" not in pipeline
+
+
+def test_the_recipe_is_written_also_where_nothing_is_built(llmopt, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmopt.cli.building._is_current", lambda *_: True)
+    monkeypatch.chdir(tmp_path)
+    assert llmopt("quantize", "model", "-o", "out", "--if-changed", "--save-recipe", "r.yaml").code == 0
+    assert "rtn" in (tmp_path / "r.yaml").read_text()
     assert "run" not in pipeline
 
 

@@ -1,4 +1,4 @@
-"""A source that changes while it is read: found out, exit 1, nothing written. One that may not be written to works."""
+"""A file that changes while it is read: found out, exit 1, nothing written. One that may not be written to works."""
 
 import os
 import shutil
@@ -8,11 +8,14 @@ import pytest
 from helpers import recipe
 from llmopt.core.errors import LlmoptError
 from llmopt.core.progress import Silent
-from llmopt.pipeline import run
+from llmopt.core.reads import Read
+from llmopt.core.recipe import EvaluationSpec
+from llmopt.pipeline import reads, run
 from llmopt.pipeline.artifact import read_run
 from llmopt.pipeline.cache.store import CacheSettings
 from llmopt.pipeline.plan import make_plan
-from llmopt.pipeline.watched import Watched
+from llmopt.pipeline.reads import Reads
+from msgspec.structs import replace
 
 
 @pytest.fixture
@@ -23,10 +26,9 @@ def model(family, text, tmp_path, monkeypatch):
     return tmp_path / "model"
 
 
-def build_while(monkeypatch, change, cache=None):
+def build_while(monkeypatch, change, cache=None, made=None):
     """Build an artifact; `change` is called in the midst of it."""
-    made = recipe("model", ("gptq", {"group_size": 32}), data="text.txt")
-    plan = make_plan(made)
+    plan = make_plan(made or recipe("model", ("gptq", {"group_size": 32}), data="text.txt"))
     before = run.make_reference
 
     def meanwhile(*arguments, **named):
@@ -95,19 +97,88 @@ def test_the_same_bytes_again_are_no_change(model, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "llmopt.json").is_file()
 
 
-def test_a_change_before_the_hash_is_known_is_one(tmp_path):
+def test_a_change_before_the_hash_is_known_is_one(tmp_path, monkeypatch):
     """Then nobody can tell which bytes were read first."""
     file = tmp_path / "file"
     file.write_text("one")
 
-    def late():
-        rewrite(file)
+    def late(path):
+        rewrite(path)
         return "hash"
 
-    watched = Watched([file], late)
-    assert watched.sha256() == "hash"
+    monkeypatch.setattr(reads, "file_sha256", late)
+    watched = Reads([Read("model", "m", "file", file)])
+    assert watched.sha256(file) == "hash"
     with pytest.raises(LlmoptError, match="was changed"):
         watched.check()
+
+
+@pytest.fixture
+def everything(model, family, tmp_path):
+    """Return a recipe that reads files of every kind, and a change of each as a reader cannot notice it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    shutil.copytree(family("llama"), "teacher")
+    get_peft_model(AutoModelForCausalLM.from_pretrained("model"), LoraConfig(r=2)).save_pretrained("adapter")
+    for name in ("learnt.txt", "test.txt"):
+        shutil.copyfile("text.txt", name)
+    learn = {"teacher": "teacher", "data": "learnt.txt", "steps": 1, "batch_size": 2, "length": 16, "held_out": 2}
+    passes = [("merge-adapter", {"adapters": ["adapter"]}), ("distill", learn), ("gptq", {"group_size": 32})]
+    made = recipe("model", *passes, data="text.txt")
+    evaluation = EvaluationSpec(data="test.txt", length=24, samples=6)
+    return replace(made, gates=("perplexity<=1000000",), evaluation=(evaluation,))
+
+
+KINDS = [
+    "model/tokenizer.json",
+    "model/tokenizer_config.json",
+    "model/generation_config.json",
+    "teacher/model.safetensors",
+    "teacher/config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/adapter_config.json",
+    "learnt.txt",
+    "text.txt",
+    "test.txt",
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_change_of_any_file_is_found_out(everything, tmp_path, monkeypatch, name):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(LlmoptError, match=f"`{name}` was changed while it was read") as refused:
+        build_while(monkeypatch, lambda: flip_last_byte(tmp_path / name), made=everything)
+    assert refused.value.exit_code == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_other_test_data_spoil_no_result_of_a_pass(everything, tmp_path, monkeypatch):
+    cache = CacheSettings(tmp_path / "cache")
+    with pytest.raises(LlmoptError, match="was changed while it was read"):
+        build_while(monkeypatch, lambda: flip_last_byte(tmp_path / "test.txt"), cache, everything)
+    build_while(monkeypatch, lambda: None, cache, everything)
+    record = read_run(tmp_path / "out")
+    assert record is not None
+    assert [step.cached for step in record.steps[:3]] == [True] * 3
+
+
+def test_each_file_is_hashed_once(everything, tmp_path, monkeypatch):
+    hashed, compute = [], reads.file_sha256
+
+    def counted(path):
+        hashed.append(path)
+        return compute(path)
+
+    monkeypatch.setattr(reads, "file_sha256", counted)
+    build_while(monkeypatch, lambda: None, CacheSettings(tmp_path / "cache"), everything)
+    assert sorted(hashed) == sorted(set(hashed))
+    record = read_run(tmp_path / "out")
+    assert record is not None
+    assert [one.path for one in record.inputs] == [str(path) for path in sorted(hashed)]
+    assert all(len(one.sha256) == 64 for one in record.inputs)
 
 
 def test_a_source_that_may_not_be_written_to(model, tmp_path, monkeypatch):

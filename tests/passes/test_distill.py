@@ -62,7 +62,8 @@ def held_out(record, name="kl", unit="nats"):
 class TestLearning:
     @pytest.mark.parametrize("loss", ["kl", "reverse_kl", "js", "lm", "hidden"])
     def test_every_loss_falls_on_held_out_rows(self, student, family, text, tmp_path, loss):
-        record, tensors = taught(student, tmp_path / "out", family("llama"), text, **{loss: 1})
+        teacher = None if loss == "lm" else family("llama")
+        record, tensors = taught(student, tmp_path / "out", teacher, text, **{loss: 1})
         before, after = held_out(record, loss, "ratio" if loss == "hidden" else "nats")
         assert after < 0.9 * before
         source = load_file(student / "model.safetensors")
@@ -357,6 +358,24 @@ class TestRefusals:
         assert "weight 0" in self.refused(family("llama"), text, kl=0)
         assert "more than there are" in self.refused(family("llama"), text, cache="cache", top_k=273)
         assert "only answers are cached" in self.refused(family("llama"), text, hidden=1, cache="cache")
+
+    @pytest.mark.parametrize(
+        ("params", "needs"),
+        [
+            ({"lora_alpha": 8}, "lora_rank"),
+            ({"lora_targets": ["q_proj"]}, "lora_rank"),
+            ({"top_k": 8}, "cache"),
+            ({"relation_heads": 2}, "relation"),
+            ({"hidden": 1, "temperature": 2.0}, "kl"),
+            ({"lm": 1, "align_vocab": True}, "teacher"),
+            ({"lm": 1, "teacher": "elsewhere"}, "teacher"),
+        ],
+    )
+    def test_parameters_that_do_nothing(self, family, text, params, needs):
+        assert f"`{next(reversed(params))}` does nothing without" in (
+            said := self.refused(family("llama"), text, **params)
+        )
+        assert needs in said.splitlines()[0]
 
     def test_teachers_of_another_kind(self, family, text, encoders):
         assert "cannot teach" in self.refused(family("llama"), text, teacher=str(family("bert")))

@@ -21,7 +21,7 @@ from llmopt.models.text import batches, proof_batches
 from llmopt.passes.numerics.influence import Influence
 from llmopt.passes.prune_depth import PruneDepth, PruneDepthParams
 from llmopt.pipeline.plan import make_plan
-from llmopt.pipeline.run import _survey
+from llmopt.pipeline.transforming import run_survey
 from safetensors.torch import load_file
 
 COUNTS = {"gpt2": "n_layer", "distilbert": "n_layers", "t5": "num_layers", "whisper": "encoder_layers"}
@@ -95,7 +95,7 @@ def test_influence_is_one_minus_the_mean_cosine():
 
 def measured(folder, work, rows, **params):
     model = open_model(folder, work)
-    return _survey(model, PruneDepth(PruneDepthParams(**params)), PassContext(rows=rows), Limits())
+    return run_survey(model, PruneDepth(PruneDepthParams(**params)), PassContext(rows=rows), Limits())
 
 
 def test_a_block_that_does_nothing_goes_first(family, tmp_path):
@@ -110,7 +110,7 @@ def test_a_block_that_does_nothing_goes_first(family, tmp_path):
         }
         model.store.put("zero", {}, changed=changed)
         one = PruneDepth(PruneDepthParams(drop=1, by=by))
-        _, result = _survey(model, one, PassContext(rows=random_rows(4, 16)), Limits())
+        _, result = run_survey(model, one, PassContext(rows=random_rows(4, 16)), Limits())
         assert result.changed == ["model.layers.2"]
 
 

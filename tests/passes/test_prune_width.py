@@ -15,8 +15,8 @@ from llmopt.models.text import proof_batches
 from llmopt.passes.numerics.narrowing import Energy, columns_of_units, refit, scores_of_units
 from llmopt.passes.prune_width import PruneWidth, PruneWidthParams
 from llmopt.pipeline.plan import make_plan
-from llmopt.pipeline.run import _survey
 from llmopt.pipeline.sweep import run_sweep
+from llmopt.pipeline.transforming import run_survey
 
 TEXTS = [name for name, one in FAMILIES.items() if one.text]
 BASE = {key: value for key, value in FAMILIES["llama"].config.items() if key != "model_type"}
@@ -65,7 +65,7 @@ def folder(family, monkeypatch, tmp_path):
 
 def pruned(model, rows, **params):
     """Return the model whose columns are zero, and the one from which they are cut."""
-    return _survey(model, PruneWidth(PruneWidthParams(**params)), PassContext(rows=rows), Limits())
+    return run_survey(model, PruneWidth(PruneWidthParams(**params)), PassContext(rows=rows), Limits())
 
 
 def answers(model, seed=3):

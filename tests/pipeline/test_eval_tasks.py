@@ -234,6 +234,17 @@ def test_an_encoder_decoder_generates(family, tmp_path):
     assert metrics["exact_match"]["value"] == 1
 
 
+@pytest.mark.parametrize(
+    ("task", "samples"),
+    [("lm-eval:tiny", {"length": 9}), ("multiple-choice", {"length": 9}), ("perplexity", {"max_new_tokens": 9})],
+)
+def test_settings_that_a_task_does_not_heed_are_refused(decoder, tmp_path, task, samples):
+    data = write(tmp_path / "q.jsonl", [{"question": "a", "choices": ["b", "c"], "answer": 0, "text": "a b c"}])
+    options = EvalOptions(str(data), task=task, samples=TaskOptions(**samples))
+    with pytest.raises(UsageError, match=r"does not heed|does not apply"):
+        evaluate(str(decoder[0]), data=str(data), options=options, reporter=Silent())
+
+
 def test_a_task_of_the_harness_without_the_harness_is_refused(decoder, tmp_path, monkeypatch):
     monkeypatch.setattr("llmopt.pipeline.measuring.harness.find_spec", lambda name: None)
     with pytest.raises(UsageError) as refused:

@@ -36,8 +36,9 @@ class Heard(Silent):
 
 
 def gated(folder, *gates, evaluation=None, **options):
-    spec = None if evaluation is None else EvaluationSpec(**evaluation)
-    return replace(recipe(folder, RTN, **options), gates=gates, evaluation=spec)
+    given = [evaluation] if isinstance(evaluation, dict) else evaluation or []
+    specs = tuple(EvaluationSpec(**one) for one in given)
+    return replace(recipe(folder, RTN, **options), gates=gates, evaluation=specs)
 
 
 def run(made, output, reporter=None):
@@ -89,6 +90,7 @@ def test_a_gate_that_fails_puts_the_artifact_aside(family, text, tmp_path):
     assert verdicts["size_ratio<=1%"] == "failed"
     assert verdicts["size_ratio<=90%"] == "passed"  # all are measured
     assert "size_ratio<=1% (safetensors): failed" in unmet.value.where
+    assert "top1_agreement>=99.99% (safetensors, text): failed" in unmet.value.where
     assert "size_ratio<=90%" not in unmet.value.where
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.failed"]
     records = file_records(aside)
@@ -134,7 +136,7 @@ def test_the_source_is_asked_once_for_all_exports(tmp_path, monkeypatch):
     monkeypatch.setattr(gating, "ask_one", lambda *given: asked.append(given[1].name) or ask_one(*given))
     base = recipe(tmp_path / "model", export=("onnx", {}))
     exports = (base.exports[0], replace(base.exports[0], name="safetensors"))
-    evaluation = EvaluationSpec(data=str(data))
+    evaluation = (EvaluationSpec(data=str(data)),)
     made = replace(base, exports=exports, gates=("spearman_drop<=1%", "spearman>=-1"), evaluation=evaluation)
     _, record = run(made, tmp_path / "out")
     assert asked == ["onnx", "source", "safetensors"]
@@ -147,7 +149,7 @@ def test_bad_test_data_is_met_before_the_work(family, tmp_path, monkeypatch):
     rows = [{"question": "a", "choices": ["x", "y"], "answer": answer} for answer in (0, 1, 7)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = gated(family("llama"), "accuracy>=10%", evaluation={"data": str(data)})
-    monkeypatch.setattr("llmopt.pipeline.run._run_passes", lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.setattr("llmopt.pipeline.run.run_passes", lambda *_, **__: pytest.fail("the work was begun"))
     with pytest.raises(UsageError, match="line 3"):
         run(made, tmp_path / "out")
 
@@ -159,7 +161,7 @@ def test_bad_test_data_is_met_before_the_work(family, tmp_path, monkeypatch):
         (["spearman>=0.8"], "text", "`spearman` cannot be measured of", "perplexity"),
         (["throughput>=1"], None, "cannot be measured", "decode_speedup"),
         (["onx:size<=1GiB"], None, "no export `onx`", "safetensors"),
-        (["accuracy>=0.8", "perplexity<=9"], "text", "belong to several tasks", "leave out one"),
+        (["accuracy>=0.8", "perplexity<=9"], "text", "belong to several tasks", "a list under `evaluation`"),
         (["accuracy>=0.8"], "text", "cannot tell which column of", "--column"),
         (["perplexity<=9"], "nowhere.txt", "no file `nowhere.txt`", ""),
         (["accuracy>=0.8"], "rows", "cannot tell which column", "answer"),
@@ -193,7 +195,7 @@ def test_calibration_data_as_test_data_is_not_taken_in_silence(family, text, tmp
 
 
 def test_a_failed_verification_measures_no_gates(family, tmp_path, monkeypatch):
-    from llmopt.pipeline import run as module
+    from llmopt.pipeline import exporting as module
 
     def wrong(*given, **named):
         return replace(compare(*given, **named), passed=False)
@@ -216,6 +218,89 @@ def test_a_recipe_says_the_same_either_way(tmp_path):
     first, second = (load_recipe(tmp_path / name) for name in ("a.yaml", "b.yaml"))
     assert first == second
     assert first.to_dict()["evaluation"] == {"data": "t.txt", "confidence": 0.9}
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [{"question": "the hen lays", "choices": ["an egg", "a stone"], "answer": n % 2} for n in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_each_gate_is_measured_with_the_data_that_give_its_metric(family, text, questions, tmp_path):
+    evaluation = [{"data": str(text), "length": 24, "samples": 6}, {"data": questions}]
+    made = gated(family("llama"), "accuracy>=0%", "perplexity<=1000000", "size_ratio<=1", evaluation=evaluation)
+    manifest, record = run(made, tmp_path / "out")
+    found = [(gate.metric, gate.evaluation, gate.samples, gate.verdict) for gate in record.gates]
+    assert found == [
+        ("accuracy", "questions", 8, "passed"),
+        ("perplexity", "text", 6, "passed"),
+        ("size_ratio", None, 0, "passed"),
+    ]
+    assert manifest.recipe["evaluation"] == evaluation
+
+
+def test_a_gate_holds_for_all_data_that_give_its_metric_or_the_one_it_names(family, text, tmp_path):
+    other = tmp_path / "other text.txt"
+    other.write_text("egg stone hen " * 200)
+    evaluation = [{"data": str(one), "length": 24, "samples": 6} for one in (text, other)]
+    gates = ("perplexity<=1000000", "perplexity_increase@other-text<=99%", "mean_kl<=9")
+    _, record = run(gated(family("llama"), *gates, evaluation=evaluation), tmp_path / "out")
+    assert [(gate.metric, gate.evaluation) for gate in record.gates] == [
+        ("perplexity", "text"),
+        ("perplexity", "other-text"),
+        ("perplexity_increase", "other-text"),
+        ("mean_kl", "text"),
+        ("mean_kl", "other-text"),
+    ]
+    first, second = (gate.value for gate in record.gates[:2])
+    assert first != second
+
+
+def test_names_and_the_evaluation_for_speed(family, text, tmp_path):
+    data = {"data": str(text), "length": 24}
+    evaluation = [{**data, "samples": 6, "name": "short"}, {**data, "samples": 8, "name": "long"}, {"repeats": 6}]
+    gates = ("perplexity@long<=1000000", "perplexity@short<=1000000", "load_seconds<=99")
+    _, record = run(gated(family("llama"), *gates, evaluation=evaluation), tmp_path / "out")
+    assert [(gate.evaluation, gate.samples) for gate in record.gates] == [("long", 8), ("short", 6), (None, 6)]
+
+
+@pytest.mark.parametrize(
+    ("gates", "evaluation", "message"),
+    [
+        (["perplexity<=9"], ["text", "text"], "two evaluations are called `text`"),
+        (["perplexity@txt<=9"], ["text", "questions"], "no evaluation `txt`"),
+        (["exact_match>=1%"], ["text", "questions"], "no evaluation gives `exact_match`, which needs generate"),
+        (["perplexity<=9"], ["text", "questions"], "no gate is measured with"),
+        (["size<=1GiB"], ["text"], "`data` of an evaluation is not heeded"),
+        ([], ["text"], "`data` of an evaluation is not heeded"),
+        (["perplexity<=9"], [{"repeats": 9}, "text"], "`repeats` of an evaluation is not heeded"),
+        (["load_seconds<=9"], [{"length": 9}], "`length` of an evaluation is not heeded"),
+        (["size@text<=1GiB"], ["text"], "`size` is not measured with test data"),
+    ],
+)
+def test_the_plan_refuses_what_is_not_used(family, text, questions, gates, evaluation, message):
+    data = {"text": str(text), "questions": questions}
+    specs = [one if isinstance(one, dict) else {"data": data[one]} for one in evaluation]
+    with pytest.raises(UsageError) as refused:
+        make_plan(gated(family("llama"), *gates, evaluation=specs))
+    assert message in refused.value.what
+
+
+def test_a_recipe_names_evaluations_in_a_list(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "model: m\ngates: {perplexity@wiki: 9, 'onnx:accuracy@mmlu': 60%}\nevaluation:\n  - {data: wiki.txt}\n"
+        "  - {data: 'hf:org/name:test', name: mmlu}\n"
+    )
+    made = load_recipe(tmp_path / "r.yaml")
+    assert made.gates == ("perplexity@wiki<=9", "onnx:accuracy@mmlu>=60%")
+    assert [one.label for one in made.evaluation] == ["wiki", "mmlu"]
+    assert made.to_dict()["evaluation"] == [{"data": "wiki.txt"}, {"data": "hf:org/name:test", "name": "mmlu"}]
+    for wrong in ("evaluation: [wiki.txt]", "evaluation: {data: t.txt, name: a b}", "evaluation: 3"):
+        (tmp_path / "r.yaml").write_text(f"model: m\n{wrong}\n")
+        with pytest.raises(UsageError, match="bad value in the parameters"):
+            load_recipe(tmp_path / "r.yaml")
 
 
 def test_make_stops(family, text, tmp_path):

@@ -13,7 +13,8 @@ import pytest
 from helpers import build, recipe
 from llmopt.core.errors import LlmoptError, UsageError
 from llmopt.core.manifest import MANIFEST
-from llmopt.pipeline.inputs import check_unchanged, input_files, input_records, why_outdated, write_depfile
+from llmopt.pipeline.depfile import write_depfile
+from llmopt.pipeline.outdated import why_outdated
 from llmopt.pipeline.plan import make_plan
 from llmopt.pipeline.versions import own_version, versions
 
@@ -61,21 +62,6 @@ def test_a_depfile_that_cannot_be_written(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_read(model: Path, tmp_path: Path, text: Path):
-    made = recipe(model, ("gptq", {"bits": 4, "group_size": 64}), data=text)
-    names = {path.name for path in input_files(made)}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", text.name} <= names
-    assert all(path.is_file() for path in input_files(made))
-
-
-def test_a_file_that_is_changed_while_it_is_read(model: Path):
-    records = input_records(recipe(model))
-    check_unchanged(records)
-    (model / "config.json").write_text((model / "config.json").read_text() + " ")
-    with pytest.raises(LlmoptError, match="was changed while it was read"):
-        check_unchanged(records)
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model, a text and what was made of them."""
@@ -96,10 +82,10 @@ def _why(folder: Path, **params: Any) -> str | None:
 
 
 def test_what_is_up_to_date(built: Path, monkeypatch: pytest.MonkeyPatch):
-    from llmopt.pipeline import inputs
+    from llmopt.pipeline import outdated
 
     with monkeypatch.context() as patch:
-        patch.setattr(inputs, "file_record", lambda path: pytest.fail(f"{path} was hashed"))
+        patch.setattr(outdated, "file_record", lambda path: pytest.fail(f"{path} was hashed"))
         assert _why(built) is None
     for name in ("model/model.safetensors", "model/tokenizer.json", "model/config.json", "c.txt", "out/config.json"):
         os.utime(built / name)  # other times, the same bytes
@@ -152,7 +138,7 @@ def test_other_parameters_versions_and_files(built: Path):
     assert why_outdated(plan, built / "out", {**VERSIONS, "torch": "0"}) == "versions are others"
     assert why_outdated(plan, built / "none", VERSIONS) == "there is no artifact"
     (built / "model" / "added_tokens.json").write_text("{}")
-    assert why_outdated(plan, built / "out", VERSIONS) == "other files are read"
+    assert _why(built) == "other files are read"
     (built / "model" / "added_tokens.json").unlink()
     (built / "out" / "config.json").rename(built / "aside")
     assert "is missing" in str(why_outdated(plan, built / "out", VERSIONS))
