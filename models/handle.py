@@ -333,6 +333,12 @@ class TorchModel:
         )
         return replace(self, adapter=adapter)
 
+    def with_found_adapter(self) -> TorchModel:
+        """Return the model with the adapter that a pass on blocks has put into the store, block by block."""
+        found = {path: self.store.get_factors(path) for path in self.store.adapted}
+        rank = next(len(down) for down, _ in found.values())
+        return self.with_adapter(found, alpha=rank)
+
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Read the adapter's tensors from disk, under PEFT's names; none where there is no adapter."""
         return {} if self.adapter is None else load_file(self.adapter.file)
