@@ -482,6 +482,15 @@ class ModelHandle(Protocol):
         """Return a quantized layer."""
         ...
 
+    @property
+    def sparse(self) -> Collection[str]:
+        """The layers by checkpoint name whose zeros must stay zeros."""
+        ...
+
+    def sparse_parameters(self) -> Sequence[str]:
+        """Return the parameters of `materialize()` that hold a sparse layer, or a part of one."""
+        ...
+
     def stored_transposed(self, name: str) -> bool:
         """Return whether the checkpoint, and the parameter, hold quantized layer `name` as (in, out)."""
         ...

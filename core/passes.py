@@ -146,6 +146,13 @@ class Pass(Generic[P]):
             UsageError: these parameters cannot be used on this model or target.
         """
 
+    def check_earlier(self, earlier: Sequence[Pass[Any]]) -> None:
+        """Refuse to come after passes beyond those that `not_after` names.
+
+        Raises:
+            UsageError: these parameters do not suit one of `earlier`.
+        """
+
     def teacher(self) -> str | None:
         """Return the folder or hub id of the teacher; None for the model as it is before the passes."""
         return None

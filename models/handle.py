@@ -293,6 +293,17 @@ class TorchModel:
             found[target] = layer
         return found
 
+    @property
+    def sparse(self) -> Collection[str]:
+        """The layers whose zeros must stay zeros, by checkpoint name."""
+        return self.store.sparse
+
+    def sparse_parameters(self) -> list[str]:
+        """Return the parameters that hold a sparse layer; see `core.model.ModelHandle`."""
+        sources = {f"{layer}.weight" for layer in self.sparse}
+        bindings = self.skeleton().naming.of_target.items() if sources else ()
+        return [target for target, binding in bindings if any(name in sources for name, _ in binding.sources)]
+
     def stored_transposed(self, name: str) -> bool:
         """Return whether the checkpoint holds quantized layer `name` as (in, out)."""
         return name in self.store.transposed

@@ -42,6 +42,7 @@ def passes_of(recipe: Recipe) -> list[AnyPass]:
                 where=f"{where}: no pass right before it rounds weights",
                 hint=f"put rtn, gptq or another that does right before `{step.name}`",
             )
+        built.check_earlier(passes)
         _check_adapter(built, passes, where)
         if Need.CALIBRATION in built.requires() and recipe.calibration is None:
             raise UsageError(

@@ -21,6 +21,7 @@ from .order import Order
 from .pupil import Pupil
 from .states import Keeper, Progress, digest, read_state
 from .teacher import Teacher
+from .zeros import check_zeros, keep_zeros
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -140,6 +141,7 @@ def _distill(
         made = model.with_parameters(_merged(model, params, state))
     else:
         made = model.with_parameters(state.get, quantized=learnt_weight(model, state) if on_grid else None)
+    check_zeros(model, made)
     result.changed = [name for name in made.tensor_specs() if not torch.equal(made.read(name), model.read(name))]
     result.metrics["on_grid_count"] = on_grid
     return made, result
@@ -189,6 +191,7 @@ def _student(model: ModelHandle, params: DistillParams) -> nn.Module:
             _go_on_from(student, params, model)
     else:
         student.requires_grad_(True)
+        keep_zeros(student, model)
         put_on_grids(student, model, scales=params.learn_scales)
     if params.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
