@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from llmopt.calibration.windows import load_windows
+from llmopt.core.adapter import FOLDER as ADAPTER
 from llmopt.core.errors import UsageError
 from llmopt.core.progress import Silent
 from llmopt.core.recipe import CalibrationSpec, ModelSpec, Recipe, Step
@@ -69,12 +70,29 @@ SCHEMES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "mxfp4 gptq": (("cast", {"dtype": "bfloat16"}), ("gptq", {"number": "mxfp4"})),
     "kv fp8": (("quantize-kv", {}),),
     "kv int8": (("quantize-kv", {"number": "int8"}),),
+    **{
+        f"w2 g32: gptq, adapter of rank {rank}{words}": (
+            ("gptq", GRIDS["w2 g32"]),
+            ("extract-adapter", {"rank": rank, "weighting": weighting}),
+        )
+        for rank in (8, 16, 32)
+        for weighting, words in (("covariance", ""), ("none", ", not weighted"))
+    },
 }
 ORDERS = [
     *((f"{grid}: {method}", f"{grid}: rtn") for grid in GRIDS for method in ("gptq", "awq", "autoround")),
     *((f"w4 g32: {method}", f"w4 g64: {method}") for method in METHODS),
     *((f"{grid}: rtn, mse", f"{grid}: rtn") for grid in GRIDS),
     ("smooth, w8a8-int8 tensor, mse", "w8a8-int8 tensor, mse"),
+    *(
+        (f"w2 g32: gptq, adapter of rank {rank}", f"w2 g32: gptq{other}")
+        for rank in (8, 16, 32)
+        for other in (
+            "",
+            f", adapter of rank {rank}, not weighted",
+            *((f", adapter of rank {rank // 2}",) * (rank > 8)),
+        )
+    ),
 ]
 """Pairs of which the first must have the smaller divergence in every seed."""
 
@@ -132,7 +150,7 @@ class Bench:
             scores = Scores()
             for ids, made, expected in zip(self._rows, self._answers(output), self._source, strict=True):
                 scores.add(ids, made, expected)
-            size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+            size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
         report = scores.report()
         return Run(
             perplexity=report["perplexity"],
@@ -145,6 +163,8 @@ class Bench:
 
     def _answers(self, folder: Path) -> list[Any]:
         session = RUNTIMES.load("transformers")().open(folder)
+        if (folder / ADAPTER).is_dir():
+            session.adapt(folder / ADAPTER)
         try:
             return [session.outputs({"input_ids": ids})["logits"] for ids in self._rows]
         finally:

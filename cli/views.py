@@ -244,7 +244,7 @@ def _load_adapter(record: ExportRecord, directory: Path, manifest: Manifest) -> 
     if record.adapted is None:
         return []
     base = (directory / record.directory).as_posix()
-    rank = max(one.params.get("lora_rank") or 0 for one in manifest.passes)
+    rank = max(one.metrics.get("adapter_rank_max_count", 0) for one in manifest.passes)
     wide = next((f" --max-lora-rank {size}" for size in _WIDE_RANKS if rank <= size), "") if rank > _USUAL_RANK else ""
     served = f"vllm serve {base} --enable-lora{wide} --lora-modules recovered={base}/{FOLDER}"
     if record.params.get("format") in _PACKED:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -13,6 +13,26 @@ FOLDER = "adapter"
 
 PREFIX = "base_model.model."
 DOWN, UP = "lora_A.weight", "lora_B.weight"
+
+
+class AdapterShape(NamedTuple):
+    """What a pass says of the adapter that it will leave, before the work.
+
+    Attributes:
+        rank: of every product.
+        targets: the layers that get one, by the end of their name; all where none is named.
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+
+    def covers(self, layer: str) -> bool:
+        """Return whether the adapter changes a layer, as PEFT reads names."""
+        return not self.targets or any(f".{layer}".endswith(f".{target}") for target in self.targets)
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        return f"rank {self.rank} over {', '.join(sorted(self.targets)) or 'all layers'}"
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True):

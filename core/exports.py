@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from .activations import ActivationGrid, ActivationNumber, QuantizedCache, QuantizedInput
-from .adapter import Adapter
 from .errors import UsageError
 from .facts import ModelFacts
 from .graph import Engine
@@ -38,15 +37,6 @@ class ExportableModel(ModelHandle, Protocol):
     @property
     def caches(self) -> Mapping[str, QuantizedCache]:
         """The attention modules whose keys and values are rounded, by module path, and how."""
-        ...
-
-    @property
-    def adapter(self) -> Adapter | None:
-        """What layers add to their outputs, kept beside the weights; None where there is no such thing."""
-        ...
-
-    def adapter_tensors(self) -> Mapping[str, Tensor]:
-        """Read the adapter's tensors from disk, under PEFT's names."""
         ...
 
     def quantized_weight(self, name: str) -> QuantizedWeight:
@@ -152,7 +142,8 @@ class Exporter(Generic[P]):
         raise UsageError(
             f"`{self.name}` cannot hold an adapter",
             where="adapters over quantized layers are not merged, but kept beside them",
-            hint="use --export safetensors, or leave lora_rank out: then the weights themselves learn on their grids",
+            hint="use --export safetensors, or leave the adapter out: without lora_rank, `distill` lets the weights "
+            "themselves learn on their grids",
         )
 
     def check_grids(self, grids: Collection[Grid]) -> None:

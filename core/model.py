@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .activations import QuantizedCache, QuantizedInput
+    from .adapter import Adapter
     from .quantized import Grid, QuantizedWeight
 
 
@@ -183,6 +184,27 @@ class Block(Protocol):
         """
         ...
 
+    def unrounded(self, linear: Linear) -> Tensor:
+        """Return the weight of a quantized layer as it was just before, (out_features, in_features) float32.
+
+        Only where a pass of the sweep needs `Need.UNROUNDED`.
+        """
+        ...
+
+    def adaptable(self, linear: Linear) -> str | None:
+        """Return the path of the linear module that the layer is; None where it is no such module, or a part of one."""
+        ...
+
+    def adapt(self, linear: Linear, down: Tensor, up: Tensor) -> None:
+        """Add an adapter to a layer: from now on the block computes with `up @ down` beside the weight, which stays.
+
+        Args:
+            linear: one that `adaptable` has a path for.
+            down: (rank, in_features) float32.
+            up: (out_features, rank) float32.
+        """
+        ...
+
     def update(self, linear: Linear, weight: Tensor) -> None:
         """Replace the layer's weight, (out_features, in_features) float32, by another in floating point."""
         ...
@@ -309,6 +331,15 @@ class ModelHandle(Protocol):
     @property
     def quantized(self) -> Mapping[str, Grid]:
         """The quantized layers by checkpoint name (without `.weight`), and the grid of each."""
+        ...
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What layers add to their outputs, kept beside the weights; None where there is no such thing."""
+        ...
+
+    def adapter_tensors(self) -> Mapping[str, Tensor]:
+        """Read the adapter's tensors from disk, under PEFT's names; none where there is no adapter."""
         ...
 
     def cast(self, dtype: str) -> ModelHandle:
@@ -449,6 +480,15 @@ class ModelHandle(Protocol):
 
     def quantized_weight(self, name: str) -> QuantizedWeight:
         """Return a quantized layer."""
+        ...
+
+    @property
+    def sparse(self) -> Collection[str]:
+        """The layers by checkpoint name whose zeros must stay zeros."""
+        ...
+
+    def sparse_parameters(self) -> Sequence[str]:
+        """Return the parameters of `materialize()` that hold a sparse layer, or a part of one."""
         ...
 
     def stored_transposed(self, name: str) -> bool:

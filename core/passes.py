@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from .activations import ActivationGrid, ActivationNumber
+from .adapter import AdapterShape
 from .facts import ModelFacts
 from .graph import GraphModel
 from .model import Block, Linear, ModelHandle
@@ -34,6 +35,7 @@ class Need(StrEnum):
     CALIBRATION = "calibration"
     GRADIENTS = "gradients"
     TEACHER = "teacher"
+    UNROUNDED = "weights as they were before they were rounded"
 
 
 class Skip(NamedTuple):
@@ -145,6 +147,13 @@ class Pass(Generic[P]):
             UsageError: these parameters cannot be used on this model or target.
         """
 
+    def check_earlier(self, earlier: Sequence[Pass[Any]]) -> None:
+        """Refuse to come after passes beyond those that `not_after` names.
+
+        Raises:
+            UsageError: these parameters do not suit one of `earlier`.
+        """
+
     def teacher(self) -> str | None:
         """Return the folder or hub id of the teacher; None for the model as it is before the passes."""
         return None
@@ -193,12 +202,13 @@ class Pass(Generic[P]):
         """Return what the pass makes keys and values be rounded to, None if it leaves them as they are."""
         return None
 
-    def keeps_adapter(self, earlier: Sequence[Pass[Any]]) -> bool:  # noqa: ARG002
-        """Return whether the pass leaves an adapter beside the weights, where `earlier` come before it.
+    def keeps_adapter(self, earlier: Sequence[Pass[Any]]) -> AdapterShape | None:  # noqa: ARG002
+        """Return what adapter the pass leaves beside the weights, where `earlier` come before it; None if it does not.
 
-        No pass may come after one that does: the adapter fits the weights as they are.
+        The adapter fits the weights as they are. So after a pass that leaves one come only those that leave one of the
+        same shape, and go on from it.
         """
-        return False
+        return None
 
     def ignored(self) -> tuple[str, ...]:
         """Return the patterns of layers that the pass leaves alone."""

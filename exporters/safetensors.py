@@ -44,7 +44,7 @@ class Safetensors(Exporter[SafetensorsParams]):
     """A Hugging Face folder; quantized weights as compressed-tensors, GPTQ or AWQ.
 
     transformers opens plain and compressed-tensors folders. GPTQ and AWQ folders, for which it needs the package
-    gptqmodel, are opened by llmopt's own reader of the packed codes. An adapter that learnt over quantized layers goes
+    gptqmodel, are opened by llmopt's own reader of the packed codes. An adapter beside quantized layers goes
     to the folder `adapter`, as peft, vLLM and TGI load it.
     """
 
@@ -134,7 +134,7 @@ class Safetensors(Exporter[SafetensorsParams]):
             write_adapter(directory / FOLDER, model.adapter_tensors(), model.adapter.config())
             result.notes.append(
                 f"an adapter of rank {model.adapter.rank} lies in `{FOLDER}`, beside its base: without it the artifact "
-                "is the quantized model as it was before it learnt, whose answers `llmopt verify` compares"
+                "is the quantized model alone, whose answers `llmopt verify` compares"
             )
         return result
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..core.activations import QuantizedCache, QuantizedInput
 from ..core.errors import LlmoptError
@@ -44,6 +45,7 @@ class LoadedBlock:
         site: which block.
         model: gives its weights.
         replay: the calibration samples, None when no pass needs them.
+        unrounded: keep weights as they were before they were rounded, in the dtype they are stored in.
 
     Attributes:
         results: the quantized layers.
@@ -51,9 +53,18 @@ class LoadedBlock:
         sparse: the layers whose zeros stay.
         errors: relative error of each quantized layer; see `rounding_error`.
         expert_tokens: how many calibration tokens came to each expert.
+        factors: what an adapter adds, `down` and `up` by the path of a module.
     """
 
-    def __init__(self, skeleton: Skeleton, site: BlockSite, model: TorchModel, replay: Replay | None) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        site: BlockSite,
+        model: TorchModel,
+        replay: Replay | None,
+        *,
+        unrounded: bool = False,
+    ) -> None:
         self._skeleton = skeleton
         self._model = model
         self._site = site
@@ -68,6 +79,8 @@ class LoadedBlock:
         self.sparse = {linear.name for linear in self._views if linear.name in model.store.sparse}
         self.errors: dict[Linear, float] = {}
         self.expert_tokens: dict[Unit, int] = {}
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._unrounded: dict[Linear, Tensor] | None = {} if unrounded else None
         self._order_seen: list[Stage] | None = None
         self._norms: dict[Unit, list[tuple[str, nn.Module]]] = {}
         self._producers: dict[Linear, Producer | None] = {}
@@ -123,12 +136,35 @@ class LoadedBlock:
     def quantize(self, linear: Linear, weight: QuantizedWeight) -> None:
         """Make `weight` the layer's weight."""
         self.errors[linear] = rounding_error(weight, partial(self._strips, linear))
+        if self._unrounded is not None and linear not in self.results:
+            self._unrounded[linear] = self._held(linear).to(getattr(torch, self.dtype), copy=True)
         self.results[linear] = weight
         if self._replay is None:
             self._release(linear)
         else:
             dequantize_into(self._view(self._views[linear]), weight)
         self.changed.pop(f"{linear.name}.weight", None)
+
+    def unrounded(self, linear: Linear) -> Tensor:
+        """Return the weight of a quantized layer as it was just before; see `core.model.Block`."""
+        assert self._unrounded is not None, "a pass of the sweep needs it"
+        return self._unrounded[linear].float()
+
+    def adaptable(self, linear: Linear) -> str | None:
+        """Return the path of the linear module that the layer is; see `core.model.Block`."""
+        view = self._views[linear]
+        path = view.parameter.removesuffix(".weight")
+        if view.rows is not None or path == view.parameter:
+            return None
+        return path if isinstance(self._skeleton.model.get_submodule(path), nn.Linear | Conv1D) else None
+
+    def adapt(self, linear: Linear, down: Tensor, up: Tensor) -> None:
+        """Add an adapter to a layer; see `core.model.Block`."""
+        path = self.adaptable(linear)
+        assert path is not None, "asked for before"
+        self.factors[path] = down, up
+        if self._replay is not None:
+            self._view(self._views[linear]).add_(up @ down)
 
     def quantize_input(self, linear: Linear, rounding: QuantizedInput) -> None:
         """Round the layer's input from now on."""
@@ -493,11 +529,13 @@ def _add_sightings(seen: dict[Unit, Sighting], run: dict[Unit, Sighting]) -> Non
 
 
 @contextmanager
-def loaded(skeleton: Skeleton, site: BlockSite, model: TorchModel, replay: Replay | None) -> Iterator[LoadedBlock]:
+def loaded(
+    skeleton: Skeleton, site: BlockSite, model: TorchModel, replay: Replay | None, *, unrounded: bool = False
+) -> Iterator[LoadedBlock]:
     """Have one block's weights in memory: all at once when samples will run through it, else as they are used."""
     if replay is not None:
         skeleton.load(site.parameters, model.read)
     try:
-        yield LoadedBlock(skeleton, site, model, replay)
+        yield LoadedBlock(skeleton, site, model, replay, unrounded=unrounded)
     finally:
         skeleton.unload(site.parameters)

@@ -293,6 +293,17 @@ class TorchModel:
             found[target] = layer
         return found
 
+    @property
+    def sparse(self) -> Collection[str]:
+        """The layers whose zeros must stay zeros, by checkpoint name."""
+        return self.store.sparse
+
+    def sparse_parameters(self) -> list[str]:
+        """Return the parameters that hold a sparse layer; see `core.model.ModelHandle`."""
+        sources = {f"{layer}.weight" for layer in self.sparse}
+        bindings = self.skeleton().naming.of_target.items() if sources else ()
+        return [target for target, binding in bindings if any(name in sources for name, _ in binding.sources)]
+
     def stored_transposed(self, name: str) -> bool:
         """Return whether the checkpoint holds quantized layer `name` as (in, out)."""
         return name in self.store.transposed
@@ -332,6 +343,12 @@ class TorchModel:
             transposed=any(isinstance(modules[layer], Conv1D) for layer in factors),
         )
         return replace(self, adapter=adapter)
+
+    def with_found_adapter(self) -> TorchModel:
+        """Return the model with the adapter that a pass on blocks has put into the store, block by block."""
+        found = {path: self.store.get_factors(path) for path in self.store.adapted}
+        rank = next(len(down) for down, _ in found.values())
+        return self.with_adapter(found, alpha=rank)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Read the adapter's tensors from disk, under PEFT's names; none where there is no adapter."""

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.activations import QuantizedCache, QuantizedInput
+from ..core.adapter import names
 from ..core.errors import is_disk_full
 from ..core.model import Linear
 from ..core.quantized import Grid, QuantizedWeight
@@ -73,6 +74,7 @@ class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
         transposed: those of them that the checkpoint stores as (in, out).
         changed: the floating-point checkpoint tensors in it.
         packed: how many weights each of the layers has, and their bytes, codes packed without gaps.
+        adapted: modules, by path, of which it holds what an adapter adds.
     """
 
     path: str
@@ -80,6 +82,7 @@ class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
     packed: dict[str, tuple[int, int]]
     transposed: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
 
 
 class WorkStore:
@@ -99,6 +102,7 @@ class WorkStore:
         inputs: the layers whose inputs are rounded, and how.
         sparse: the layers whose zeros later passes leave zeros.
         caches: the attention modules whose keys and values are rounded, by module path, and how.
+        adapted: modules that an adapter adds to, by path, and the file of each.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -115,6 +119,7 @@ class WorkStore:
         self.inputs: dict[str, QuantizedInput] = {}
         self.caches: dict[str, QuantizedCache] = {}
         self.sparse: set[str] = set()
+        self.adapted: dict[str, Path] = {}
 
     def at(self, folder: Path) -> WorkStore:
         """Return a store that knows all this one does and writes to another folder; this one stays as it is."""
@@ -123,6 +128,7 @@ class WorkStore:
         made.packed = dict(self.packed)
         made.transposed, made.sparse = set(self.transposed), set(self.sparse)
         made.inputs, made.caches = dict(self.inputs), dict(self.caches)
+        made.adapted = dict(self.adapted)
         return made
 
     def put(
@@ -132,6 +138,7 @@ class WorkStore:
         *,
         transposed: Collection[Linear] = (),
         changed: Mapping[str, Tensor] | None = None,
+        factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> StoredFile | None:
         """Write what the passes of one sweep made of one block.
 
@@ -140,6 +147,7 @@ class WorkStore:
             results: quantized layers.
             transposed: the layers that the checkpoint stores as (in, out).
             changed: floating-point checkpoint tensors that are different now.
+            factors: what an adapter adds, `down` and `up` by the path of a module.
 
         Returns:
             What was written, None when there was nothing to write.
@@ -154,6 +162,8 @@ class WorkStore:
                 tensors[f"{linear.name}.zero_point"] = weight.zero_point.contiguous()
             if weight.divisor is not None:
                 tensors[f"{linear.name}.divisor"] = weight.divisor.clone()  # layers of one product share it
+        for module, pair in (factors or {}).items():
+            tensors |= dict(zip(names(module), pair, strict=True))
         if not tensors:
             return None
         file = StoredFile(
@@ -162,6 +172,7 @@ class WorkStore:
             transposed=tuple(linear.name for linear in results if linear in transposed),
             changed=tuple(changed or ()),
             packed={linear.name: (weight.codes.numel(), weight.nbytes) for linear, weight in results.items()},
+            adapted=tuple(factors or ()),
         )
         self.add(file)
         return file
@@ -192,11 +203,18 @@ class WorkStore:
         self.grids.update(file.layers)
         self.packed.update(file.packed)
         self.transposed.update(file.transposed)
+        self.adapted.update(dict.fromkeys(file.adapted, path))
 
     def get_changed(self, name: str) -> Tensor:
         """Read a floating-point tensor that a pass has changed."""
         with safe_open(self.changed[name], framework="pt") as file:
             return file.get_tensor(name)
+
+    def get_factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """Read what an adapter adds to a module: `down` and `up`."""
+        with safe_open(self.adapted[module], framework="pt") as file:
+            down, up = (file.get_tensor(name) for name in names(module))
+        return down, up
 
     def get(self, name: str) -> QuantizedWeight:
         """Read one layer."""

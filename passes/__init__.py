@@ -18,6 +18,7 @@ PASSES: Registry[Pass[Any]] = Registry(
         "cast-fp16": "cast_fp16:CastFp16",
         "convert-opset": "convert_opset:ConvertOpset",
         "distill": "distill:Distill",
+        "extract-adapter": "extract_adapter:ExtractAdapter",
         "fix-shapes": "fix_shapes:FixShapes",
         "fold": "fold:Fold",
         "fold-norms": "fold_norms:FoldNorms",

@@ -10,14 +10,12 @@ from msgspec import Meta
 from ..core.model import Block, Linear, Product, Stage
 from ..core.passes import Need, PassContext, PassResult, Skip
 from ..core.quantized import Grid, QuantizedWeight
-from .products import NO_PRODUCER, NO_TOKEN, unreached
+from .products import NO_PRODUCER, NO_TOKEN, hessians_of, unreached
 from .weights import WeightParams, WeightPass
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from .numerics.hessian import Hessian
 
 
 class AwqParams(WeightParams, frozen=True, kw_only=True):
@@ -75,7 +73,7 @@ class Awq(WeightPass[AwqParams]):
     def _scale(self, block: Block, wanted: set[Linear], context: PassContext) -> PassResult:
         """Scale the inputs of all products; as this leaves every other input as it was, one look at them is enough."""
         chosen = [one for stage in block.stages() for one in stage if wanted.intersection(one.linears)]
-        hessians = _hessians(block, tuple(one for one in chosen if block.channels(one) is not None))
+        hessians = hessians_of(block, tuple(one for one in chosen if block.channels(one) is not None))
         result = PassResult()
         for product in chosen:
             names = [linear.name for linear in product.linears]
@@ -128,7 +126,7 @@ class Awq(WeightPass[AwqParams]):
         from .numerics.awq import diagonal_blocks
 
         chosen = tuple(product for product in stage if wanted.intersection(product.linears))
-        hessians = _hessians(block, chosen) if self.params.clip == "mse" else {}
+        hessians = hessians_of(block, chosen) if self.params.clip == "mse" else {}
         dtype = getattr(torch, block.dtype)
         result = PassResult()
         for product in chosen:
@@ -145,15 +143,6 @@ class Awq(WeightPass[AwqParams]):
                     result.notes.append(f"{linear.name}: {NO_TOKEN}; rounded to nearest")
                     result.absorb(PassResult(metrics={"rounded_to_nearest_count": 1}))
         return result
-
-
-def _hessians(block: Block, products: Stage) -> dict[Product, Hessian]:
-    from .numerics.hessian import Hessian
-
-    hessians = {product: Hessian(product.in_features) for product in products}
-    if hessians:
-        block.collect(products, lambda product, rows: hessians[product].add(rows))
-    return hessians
 
 
 def _rounded(weight: Tensor, blocks: Tensor | None, grid: Grid, dtype: torch.dtype) -> QuantizedWeight:

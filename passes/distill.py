@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from ..core.adapter import AdapterShape
 from ..core.errors import UsageError
 from ..core.facts import ModelFacts
 from ..core.model import ModelHandle
@@ -169,18 +170,17 @@ class Distill(ModelPass[DistillParams]):
 
     The student is the model as the passes before this one left it, the teacher the model before them, or one that
     is named. Layers that an earlier pass quantized learn on their grids, straight through rounding: what is trained
-    is what is exported. With `lora_rank` adapters learn over them instead (Dettmers et al., 2023, QLoRA) and are
-    kept beside the model, in the artifact's folder `adapter`. The whole runs through accelerate: `accelerate launch
-    --multi_gpu -m llmopt …` with the same arguments trains on several processes and machines. Dropout is off. The
-    state with the least loss on held-out rows is the result; if none is better than the untrained student, that one
-    stays.
+    is what is exported. Zeros of `sparsify` stay zeros. With `lora_rank` adapters learn over quantized layers instead
+    (Dettmers et al., 2023, QLoRA) and are kept beside the model, in the artifact's folder `adapter`; after
+    `extract-adapter` they begin as what that found. The whole runs through accelerate: `accelerate launch --multi_gpu
+    -m llmopt …` with the same arguments trains on several processes and machines. Dropout is off. The state with the
+    least loss on held-out rows is the result; if none is better than the untrained student, that one stays.
     """
 
     name = "distill"
     needs = frozenset({Need.GRADIENTS, Need.TEACHER})
     # Learning does not see activations rounded, and would make another model than the one that was calibrated.
-    # Zeros of `sparsify` would not stay.
-    not_after = frozenset({"quantize-activations", "quantize-kv", "sparsify"})
+    not_after = frozenset({"quantize-activations", "quantize-kv"})
     Params = DistillParams
 
     def requires(self) -> frozenset[Need]:
@@ -200,9 +200,21 @@ class Distill(ModelPass[DistillParams]):
         """Return that several processes can share the work."""
         return True
 
-    def keeps_adapter(self, earlier: Sequence[Pass[Any]]) -> bool:
-        """Return whether adapters learn over quantized layers, with which they cannot be merged."""
-        return self.params.lora_rank is not None and any(one.grid() is not None for one in earlier)
+    def keeps_adapter(self, earlier: Sequence[Pass[Any]]) -> AdapterShape | None:
+        """Return the adapter that learns over quantized layers, with which it cannot be merged."""
+        if self.params.lora_rank is None or all(one.grid() is None for one in earlier):
+            return None
+        return AdapterShape(self.params.lora_rank, self.params.lora_targets)
+
+    def check_earlier(self, earlier: Sequence[Pass[Any]]) -> None:
+        """Refuse adapters that would be merged into sparse weights."""
+        merged = self.params.lora_rank is not None and self.keeps_adapter(earlier) is None
+        if merged and any(one.name == "sparsify" for one in earlier):
+            raise UsageError(
+                "merged adapters would fill the zeros of `sparsify`",
+                where="pass `distill`: lora_rank",
+                hint="leave lora_rank out: all weights but the zeros learn; or round before it, and they stay beside",
+            )
 
     def text(self, facts: ModelFacts) -> TextRequest:
         """Return the rows that the steps can use."""

@@ -11,7 +11,7 @@ from msgspec import Meta
 from ..core.model import Block, Linear, Product, Stage
 from ..core.passes import Need, PassContext, PassResult, Skip
 from ..core.quantized import Grid
-from .products import in_parts, stacked_mask
+from .products import among, hessians_of, in_parts, stacked_mask
 from .weights import WeightParams, WeightPass, largest_weights
 
 if TYPE_CHECKING:
@@ -79,11 +79,7 @@ class Gptq(WeightPass[GptqParams]):
         reached: set[Linear] = set()
         result = PassResult()
         for stage in block.stages():
-            chosen = tuple(
-                Product(members)
-                for product in stage
-                if (members := tuple(linear for linear in product.linears if linear in wanted))
-            )
+            chosen = among(stage, wanted)
             if chosen:
                 for part in in_parts(chosen, context.statistics_bytes):
                     result.absorb(self._run_stage(block, part, context))
@@ -94,10 +90,7 @@ class Gptq(WeightPass[GptqParams]):
         return result
 
     def _run_stage(self, block: Block, stage: Stage, context: PassContext) -> PassResult:
-        from .numerics.hessian import Hessian
-
-        hessians = {product: Hessian(product.in_features) for product in stage}
-        block.collect(stage, lambda product, rows: hessians[product].add(rows))
+        hessians = hessians_of(block, stage)
         result = PassResult()
         for product in stage:
             result.absorb(self._quantize(block, product, hessians.pop(product), context))

@@ -1,15 +1,17 @@
-"""What passes that go through a block product by product say of those they leave alone."""
+"""What passes that go through a block product by product have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..core.model import Block, Linear, Stage
+from ..core.model import Block, Linear, Product, Stage
 from ..core.passes import Skip
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .numerics.hessian import Hessian
 
 NO_PRODUCER = "nothing before it can take up a scale"
 NO_TOKEN = "no calibration token reaches it"  # noqa: S105  (no password)
@@ -20,6 +22,22 @@ def unreached(block: Block, wanted: Iterable[Linear]) -> list[Skip]:
     reached = {linear for stage in block.stages() for product in stage for linear in product.linears}
     left = set(wanted) - reached
     return [Skip(linear.name, "the calibration samples never reach it") for linear in block.linears if linear in left]
+
+
+def among(stage: Stage, wanted: Collection[Linear]) -> Stage:
+    """Return the products of a stage with no other layers than `wanted`; none that has none of them."""
+    left = (tuple(linear for linear in product.linears if linear in wanted) for product in stage)
+    return tuple(Product(members) for members in left if members)
+
+
+def hessians_of(block: Block, products: Stage) -> dict[Product, Hessian]:
+    """Return the mean of x xᵀ over the calibration tokens that reach each product, with all that was changed so far."""
+    from .numerics.hessian import Hessian
+
+    hessians = {product: Hessian(product.in_features) for product in products}
+    if hessians:
+        block.collect(products, lambda product, rows: hessians[product].add(rows))
+    return hessians
 
 
 def in_parts(stage: Stage, nbytes: int) -> list[Stage]:

@@ -16,7 +16,7 @@ from ..core.passes import BlockPass, Need, PassContext, PassResult, Skip
 from ..core.patterns import check_patterns
 from ..core.target import Target
 from .amounts import share
-from .products import NO_TOKEN, in_parts, unreached
+from .products import NO_TOKEN, among, in_parts, unreached
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,12 +108,7 @@ class Sparsify(BlockPass[SparsifyParams]):
                 self._put(block, linear, self._by_magnitude, result)
             return result
         for stage in block.stages():
-            chosen = tuple(
-                Product(members)
-                for product in stage
-                if (members := tuple(linear for linear in product.linears if linear in wanted))
-            )
-            for part in in_parts(chosen, context.statistics_bytes):
+            for part in in_parts(among(stage, wanted), context.statistics_bytes):
                 self._run_part(block, part, result)
         result.skipped += unreached(block, wanted)
         return result

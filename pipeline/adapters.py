@@ -21,7 +21,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.handle import TorchModel
 from ..models.locate import locate
 from ..models.outline import outline
-from ..passes.numerics.low_rank import factors
+from ..passes.numerics.low_rank import factors, length
 from .output import file_records, readable, staging
 
 
@@ -143,9 +143,9 @@ def _extract(layer: _Layer, new: TorchModel, old: TorchModel, rank: int, tensors
         return None
     if layer.transposed:
         difference = difference.T
-    up, down, error = factors(difference, rank)
+    up, down = factors(difference, rank)
     tensors |= dict(zip(names(layer.path), (down, up), strict=True))
-    return error
+    return length(difference - up @ down) / length(difference)
 
 
 def _others(new: TorchModel, old: TorchModel, layers: set[str]) -> list[str]:

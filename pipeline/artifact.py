@@ -7,10 +7,11 @@ from pathlib import Path
 
 import msgspec
 
+from ..core.adapter import CONFIG, FOLDER
 from ..core.errors import LlmoptError, UsageError
 from ..core.manifest import MANIFEST, RUN, ExportRecord, Manifest, RunRecord
 from ..core.recipe import ModelSpec
-from ..core.runtime import Runtime
+from ..core.runtime import Runtime, Session
 from ..core.untrusted import UnreadableError, is_inner_path, read_json
 from ..models.locate import locate, looks_like_hub_id, near_folder
 from ..runtimes import RUNTIMES
@@ -47,6 +48,19 @@ class Artifact:
             where="no genai_config.json, model.onnx, or config.json with safetensors in it",
             hint="give a model folder or an artifact of llmopt",
         )
+
+
+def opened_whole(runtime: Runtime, directory: Path, *, threads: int | None = None) -> Session:
+    """Open an artifact in its runtime, with the adapter that lies beside it.
+
+    Raises:
+        LlmoptError: one of them does not load.
+    """
+    session = runtime.open(directory, threads=threads)
+    adapter = directory / FOLDER
+    if (adapter / CONFIG).is_file():
+        session.adapt(adapter)
+    return session
 
 
 def existing_folder(path: str) -> Path:

@@ -15,6 +15,7 @@ from ..core.errors import LlmoptError
 from ..core.runtime import Session
 from ..models.locate import read_config
 from ..runtimes import RUNTIMES
+from .artifact import opened_whole
 from .texts import Encoded, side_by_side
 
 _BATCH = 8
@@ -34,7 +35,7 @@ def main() -> None:
     try:
         runtime = RUNTIMES.load(options["runtime"])()
         started = time.perf_counter()
-        session = runtime.open(directory, threads=options["threads"])
+        session = opened_whole(runtime, directory, threads=options["threads"])
         _say({"load_seconds": time.perf_counter() - started})
         config = read_config(directory)
         batches: list[list[Encoded]] = []

@@ -10,9 +10,9 @@ import msgspec
 from ..core.activations import ActivationGrid, ActivationNumber
 from ..core.errors import UsageError
 from ..core.facts import LinearFacts, ModelFacts
-from ..core.passes import AllocationPass
+from ..core.passes import AllocationPass, Need
 from ..core.quantized import Grid
-from .steps import AnyExporter, AnyPass, adapter_keeper
+from .steps import AnyExporter, AnyPass, kept_adapter
 
 
 def layers_by_grid(passes: Sequence[AnyPass], facts: ModelFacts) -> dict[Grid, list[LinearFacts]]:
@@ -41,7 +41,7 @@ def check_exports(exporters: Sequence[AnyExporter], passes: Sequence[AnyPass], f
     for exporter in exporters:
         if not by_grid:
             exporter.check(facts, None)
-        if adapter_keeper(passes) is not None:
+        if kept_adapter(passes) is not None:
             exporter.check_adapter()
         exporter.check_grids(by_grid)
         exporter.check_activations(by_grid, input_grid(passes), cache_number(passes))
@@ -91,6 +91,16 @@ def packed_bytes(
             bits = stored.bits_per_weight(linear.out_features, linear.in_features, scale_bits=scale_bits)
             total += bits * linear.out_features * linear.in_features / 8
     return total
+
+
+def adapter_bytes(passes: Sequence[AnyPass], facts: ModelFacts) -> int:
+    """Estimate the bytes of the adapter, in float32, that the passes leave beside the weights, 0 for none."""
+    kept = kept_adapter(passes)
+    if kept is None:
+        return 0
+    keeper, shape = kept
+    layers = quantized_layers(passes, facts) if Need.UNROUNDED in keeper.requires() else facts.linears
+    return sum(4 * shape.rank * (one.in_features + one.out_features) for one in layers if shape.covers(one.name))
 
 
 def quantized_layers(passes: Sequence[AnyPass], facts: ModelFacts) -> list[LinearFacts]:

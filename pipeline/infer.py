@@ -23,7 +23,7 @@ from ..core.runtime import Session
 from ..models.locate import read_config
 from ..models.outline import has_tokenizer
 from ..models.text import load_tokenizer
-from .artifact import Artifact, open_artifact
+from .artifact import Artifact, open_artifact, opened_whole
 from .background import in_background
 from .batching import SIZE, BatchingParams, Cost, padded_tokens
 from .costs import SECONDS, measure_costs
@@ -96,7 +96,7 @@ def infer(
     if done:
         reporter.note(f"{done} of {count} texts were computed by an earlier run")
     runtime = artifact.runtime()
-    session = runtime.open(artifact.directory, threads=options.threads)
+    session = opened_whole(runtime, artifact.directory, threads=options.threads)
     try:
         with reporter.step(f"computing {job.title} in {runtime.name}", count) as step:
             step.advance(done)

@@ -52,6 +52,9 @@ _ACTIVATIONS = 6
 _DEQUANTIZED = 4
 """Bytes of a weight, beside its place in the block, while it is dequantized."""
 
+_SPECTRUM = 32
+"""Bytes for each number of a matrix whose eigenvectors are found: in float64 itself, they, and LAPACK's work space."""
+
 _LOGITS = 4 * (1 << 23)
 _FLOAT = 4
 _WIDTHS = dict(DTYPES.values())
@@ -127,14 +130,19 @@ def _sweep(facts: ModelFacts, passes: Sequence[AnyPass], tokens: int, statistics
     largest, widest = _largest(facts), max((linear.in_features for linear in facts.linears), default=0)
     if not any(isinstance(one, BlockPass) for one in passes):
         return Phase("no block is worked on", 0)
+    kept, spectrum = 0, 0
+    if any(Need.UNROUNDED in one.requires() for one in passes):
+        kept = block * width
+        spectrum = _SPECTRUM * max((min(one.in_features, one.out_features) for one in facts.linears), default=0) ** 2
     if not tokens:  # the layer that is rounded, and the block's codes, which are copied to be written
-        return Phase("the largest block", largest * width + 2 * block)
+        return Phase("the largest block", largest * width + 2 * block + kept + spectrum)
     hessian = _FLOAT * widest**2
     hessians = max(hessian, min(statistics, _expert_bytes(facts)))
     collecting = hessians + _ACTIVATIONS * _FLOAT * tokens * widest
     rounding = hessians + hessian + 10 * min(_ROWS, largest // max(1, widest)) * widest
-    held = (_FLOAT + 1) * block + min(facts.outside_bytes, _embedding(facts) * width)
-    return Phase(f"the largest block, its codes and the Hessian of {widest} inputs", held + max(collecting, rounding))
+    held = (_FLOAT + 1) * block + kept + min(facts.outside_bytes, _embedding(facts) * width)
+    most = max(collecting, rounding, hessians + spectrum)
+    return Phase(f"the largest block, its codes and the Hessian of {widest} inputs", held + most)
 
 
 def _exports(facts: ModelFacts, exporters: Sequence[AnyExporter]) -> list[Phase]:

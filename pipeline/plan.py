@@ -20,7 +20,7 @@ from ..models.locate import context_length, locate
 from ..models.onnx_file import graph_outline
 from ..models.outline import outline
 from ..models.tasks import check_task
-from .grids import check_exports, input_grid, packed_bytes, quantized_layers
+from .grids import adapter_bytes, check_exports, input_grid, packed_bytes, quantized_layers
 from .materials import check_materials
 from .measuring.gating import plan_gates
 from .memory import estimate
@@ -88,7 +88,8 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None, written_in: Path
         skips=tuple(_skips(passes, final)),
         peak_bytes=memory.peak_bytes,
         output_bytes=sum(
-            _size(exporter, passes, final) if location.graph is None else facts.bytes for exporter in exporters
+            _size(exporter, passes, final) + adapter_bytes(passes, final) if location.graph is None else facts.bytes
+            for exporter in exporters
         ),
         limits=memory.limits,
         reads=files_read(recipe, passes, written_in=written_in),

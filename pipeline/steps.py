@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..core.adapter import AdapterShape
 from ..core.errors import UsageError
 from ..core.exports import Exporter, GraphExporter
 from ..core.params import Params, convert
@@ -35,6 +36,14 @@ def passes_of(recipe: Recipe) -> list[AnyPass]:
                 where=f"{where}: no pass before it quantizes weights",
                 hint=f"put rtn or gptq before `{step.name}`",
             )
+        if Need.UNROUNDED in built.requires() and not _rounded_in_last_sweep(passes):
+            raise UsageError(
+                f"`{step.name}` wins back what rounding loses",
+                where=f"{where}: no pass right before it rounds weights",
+                hint=f"put rtn, gptq or another that does right before `{step.name}`",
+            )
+        built.check_earlier(passes)
+        _check_adapter(built, passes, where)
         if Need.CALIBRATION in built.requires() and recipe.calibration is None:
             raise UsageError(
                 f"`{step.name}` needs calibration data",
@@ -57,21 +66,46 @@ def _check_order(made: type[AnyPass], passes: Sequence[AnyPass], where: str) -> 
         raise UsageError(f"`{name}` cannot come after `{earlier}`", where=where, hint=first)
     graph = next((one.name for one in passes if isinstance(one, GraphPass)), None)
     fitted = next((one.name for one in passes if _rounds(one)), None)
-    keeper = adapter_keeper(passes)
     if made.before_rounding and fitted is not None:
         earlier, why = fitted, f"it changes weights, and `{fitted}` has found grids or scales for what they were"
     elif graph is not None and not issubclass(made, GraphPass):
         earlier, why = graph, f"it works on the model's weights, `{graph}` on the graph that is traced from them"
-    elif keeper is not None:
-        earlier, why = keeper.name, f"`{keeper.name}` leaves an adapter beside the weights, which fits no others"
     else:
         return
     raise UsageError(f"`{name}` cannot come after `{earlier}`", where=f"{where}: {why}", hint=f"put `{name}` first")
 
 
-def adapter_keeper(passes: Sequence[AnyPass]) -> AnyPass | None:
-    """Return the pass that leaves an adapter beside the weights, None if none does."""
-    return next((one for index, one in enumerate(passes) if one.keeps_adapter(passes[:index])), None)
+def _check_adapter(one: AnyPass, passes: Sequence[AnyPass], where: str) -> None:
+    """Refuse a pass after one that leaves an adapter, unless it goes on from that adapter."""
+    kept = kept_adapter(passes)
+    if kept is None:
+        return
+    keeper, shape = kept
+    made = one.keeps_adapter(passes)
+    if made is None:
+        raise UsageError(
+            f"`{one.name}` cannot come after `{keeper.name}`",
+            where=f"{where}: `{keeper.name}` leaves an adapter beside the weights, which fits no others",
+            hint=f"put `{one.name}` first",
+        )
+    if (made.rank, set(made.targets)) != (shape.rank, set(shape.targets)):
+        raise UsageError(
+            f"`{one.name}` cannot go on from the adapter of `{keeper.name}`",
+            where=f"{where}: {made}; the adapter that is there: {shape}",
+            hint="give both the same rank and the same layers",
+        )
+
+
+def kept_adapter(passes: Sequence[AnyPass]) -> tuple[AnyPass, AdapterShape] | None:
+    """Return the pass that leaves an adapter beside the weights, and its shape; None if none does."""
+    found = ((one, one.keeps_adapter(passes[:index])) for index, one in enumerate(passes))
+    return next(((one, shape) for one, shape in found if shape is not None), None)
+
+
+def _rounded_in_last_sweep(passes: Sequence[AnyPass]) -> bool:
+    """Return whether a pass that comes now shares a sweep with one that rounds weights."""
+    last = sweeps(passes)[-1] if passes else []
+    return any(_shares(one) and one.grid() is not None for one in last)
 
 
 def exporters_of(recipe: Recipe) -> list[AnyExporter]:

@@ -106,6 +106,9 @@ class _Sweep:
         if self._tokens:
             calibrated = [Need.CALIBRATION in one.requires() for one in self._passes].index(True)
             _tell_experts(self._results[calibrated], self._tokens)
+        for one, result in zip(self._passes, self._results, strict=True):
+            if Need.UNROUNDED in one.requires() and not self._model.store.adapted:
+                raise _no_adapter(one, result)
         return self._results
 
     def _go_on(self, former: Sequence[Finished]) -> None:
@@ -126,7 +129,8 @@ class _Sweep:
         skeleton, model, done = self._skeleton, self._model, self._done
         if following is not None:
             model.checkpoint.prefetch(skeleton.naming.sources_of(following.parameters))
-        with loaded(skeleton, site, model, self._replay) as block:
+        unrounded = any(Need.UNROUNDED in one.requires() for one in self._passes)
+        with loaded(skeleton, site, model, self._replay, unrounded=unrounded) as block:
             made = [_run(one, block, self._context) for one in self._passes]
             _absorb(self._results, made)
             if done is not None:
@@ -176,7 +180,9 @@ def _put(model: TorchModel, block: LoadedBlock) -> StoredFile | None:
     model.store.inputs.update(block.inputs)
     model.store.caches.update(block.caches)
     model.store.sparse |= block.sparse
-    return model.store.put(block.name, block.results, transposed=block.transposed, changed=changed)
+    return model.store.put(
+        block.name, block.results, transposed=block.transposed, changed=changed, factors=block.factors
+    )
 
 
 def _take_up(model: TorchModel, finished: Finished, folder: Path) -> None:
@@ -225,7 +231,7 @@ def _run(one: BlockPass[Any], block: LoadedBlock, context: PassContext) -> PassR
     chosen: list[Linear] = []
     for linear in block.linears:
         reason = one.left_alone(linear.name)
-        if reason is None and one.input_grid() is not None and linear not in block.results:
+        if reason is None and _of_rounded(one) and linear not in block.results:
             reason = "its weight stays in floating point"
         if reason is None:
             chosen.append(linear)
@@ -240,6 +246,20 @@ def _run(one: BlockPass[Any], block: LoadedBlock, context: PassContext) -> PassR
         if before.get(linear) is not weight:
             result.layers[linear.name] = _figures(block, linear, weight)
     return result
+
+
+def _no_adapter(one: BlockPass[Any], result: PassResult) -> LlmoptError:
+    reasons = dict.fromkeys(skip.reason for skip in result.skipped)
+    return LlmoptError(
+        "no layer takes an adapter",
+        where=f"pass `{one.name}`: {'; '.join(reasons)}",
+        hint=f"name other layers, or leave `{one.name}` out",
+    )
+
+
+def _of_rounded(one: BlockPass[Any]) -> bool:
+    """Return whether a pass works on layers that an earlier one has rounded."""
+    return one.input_grid() is not None or Need.UNROUNDED in one.requires()
 
 
 def _figures(block: LoadedBlock, linear: Linear, weight: QuantizedWeight) -> dict[str, float]:

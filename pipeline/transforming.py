@@ -78,7 +78,12 @@ def _work(group: Sequence[AnyPass], context: PassContext, limits: Limits, start:
         return survey
     if isinstance(first, BlockPass):
         blocks = cast("list[BlockPass[Any]]", group)
-        return lambda model, done, _: (model, run_sweep(model, blocks, context.rows, context, limits, done=done))
+
+        def sweep(model: TorchModel, done: BlocksDone | None, _: Path | None) -> tuple[TorchModel, list[PassResult]]:
+            results = run_sweep(model, blocks, context.rows, context, limits, done=done)
+            return model.with_found_adapter() if model.store.adapted else model, results
+
+        return sweep
 
     def run(model: TorchModel, _: BlocksDone | None, checkpoints: Path | None) -> tuple[TorchModel, list[PassResult]]:
         materials = replace(with_materials(first, model, context, start, number), checkpoints=checkpoints)

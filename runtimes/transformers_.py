@@ -66,10 +66,11 @@ class TransformersSession(Session):
     def adapt(self, adapter: Path) -> None:
         """Load a folder with peft; see `core.runtime.Session`."""
         from peft import PeftModel
+        from safetensors import SafetensorError
 
         try:
             adapted = PeftModel.from_pretrained(self.model, str(adapter), torch_device="cpu", use_safetensors=True)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise LlmoptError(
                 f"peft does not load `{adapter}`", where=f"{type(error).__name__}: {error}"[:2000]
             ) from error

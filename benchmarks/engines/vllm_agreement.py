@@ -3,7 +3,7 @@
     benchmarks/engines/vllm_cpu.sh
     python benchmarks/engines/vllm_agreement.py [MODEL ...] [--data FILE] [--only NAME ...] [--markdown FILE]
 
-Each artifact is built by `llmopt run` (rtn, so no calibration), loaded in vLLM, and continues 20 prompts by 32 tokens.
+Each artifact is built by `llmopt run` (rtn), loaded in vLLM, and continues 20 prompts by 32 tokens.
 The reference is the same quantized model, dequantized (format plain), in transformers, in float32, with the artifact's
 adapter in peft where it has one ("without" in the JSON: same tokens as the reference without it); where the artifact
 says that activations are rounded, the artifact itself there, which rounds them too. For those there is a second
@@ -59,12 +59,18 @@ class Case:
     grid: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] | None = None
     cache: str | None = None
-    adapter: bool = False
+    adapter: Step | None = None
 
     @property
     def rounds(self) -> bool:
         """Whether activations are rounded."""
         return self.inputs is not None or self.cache is not None
+
+
+LEARNT = Step("distill", {"length": 128, "steps": 20, "learning_rate": 3e-3, "lora_rank": 16})
+"""An adapter that learns over the rounded layers, long enough to change tokens."""
+FOUND = Step("extract-adapter", {"rank": 24})
+"""One that is found, of a rank that the engine must be asked for."""
 
 
 def w(bits: int, group_size: int | str, *, symmetric: bool = True) -> dict[str, Any]:
@@ -121,13 +127,13 @@ CASES = [
         for dtype in ("float16", "bfloat16")
     ),
     Case("compressed-tensors w4 channel, float16", "compressed-tensors", "float16", w(4, "channel")),
-    Case("plain w3 g32 + adapter", "plain", "float32", w(3, 32), adapter=True),
-    Case("compressed-tensors w4 g32 + adapter, float16", "compressed-tensors", "float16", w(4, 32), adapter=True),
-    Case("gptq w4 g32 + adapter", "gptq", "float16", w(4, 32), adapter=True),
-    Case("compressed-tensors w3 g32 + adapter, float16", "compressed-tensors", "float16", w(3, 32), adapter=True),
+    Case("plain w3 g32 + adapter", "plain", "float32", w(3, 32), adapter=LEARNT),
+    Case("compressed-tensors w4 g32 + adapter, float16", "compressed-tensors", "float16", w(4, 32), adapter=LEARNT),
+    Case("gptq w4 g32 + adapter", "gptq", "float16", w(4, 32), adapter=LEARNT),
+    Case("compressed-tensors w3 g32 + adapter, float16", "compressed-tensors", "float16", w(3, 32), adapter=LEARNT),
+    Case("plain w3 g32 + found adapter", "plain", "float32", w(3, 32), adapter=FOUND),
+    Case("w4 g32 + found adapter, float16", "compressed-tensors", "float16", w(4, 32), adapter=FOUND),
 ]
-LEARN = {"length": 128, "steps": 20, "learning_rate": 3e-3, "lora_rank": 16}
-"""How an adapter learns over the rounded layers; long enough to change tokens."""
 
 
 def build(model: Path, case: Case, folder: Path, data: Path) -> None:
@@ -136,8 +142,9 @@ def build(model: Path, case: Case, folder: Path, data: Path) -> None:
     passes += [Step("rtn", case.grid)] if case.grid else []
     passes += [Step("quantize-activations", case.inputs)] if case.inputs is not None else []
     passes += [Step("quantize-kv", {"number": case.cache})] if case.cache is not None else []
-    passes += [Step("distill", {"data": str(data), **LEARN})] if case.adapter else []
-    calibration = CalibrationSpec(data=str(data), samples=16, length=128) if case.rounds else None
+    passes += [case.adapter] if case.adapter is not None else []
+    calibrated = case.rounds or case.adapter is not None
+    calibration = CalibrationSpec(data=str(data), samples=16, length=128) if calibrated else None
     for name, format_ in (("artifact", case.format), *(() if case.rounds else (("plain", "plain"),))):
         exports = (Step("safetensors", {"format": format_}),)
         recipe = Recipe(model=ModelSpec(id=str(model)), calibration=calibration, passes=tuple(passes), exports=exports)

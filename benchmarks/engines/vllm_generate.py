@@ -25,6 +25,8 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
 }
 
+RANKS = (16, 32, 64, 128, 256, 320, 512)
+
 
 def generate(
     artifact: str, prompts: list[list[int]], dtype: str, new_tokens: int, adapter: str | None
@@ -42,7 +44,7 @@ def generate(
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         enable_lora=adapter is not None,
-        max_lora_rank=16,
+        max_lora_rank=_largest_rank(adapter),
         seed=0,
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=1)
@@ -55,6 +57,14 @@ def generate(
     return {"tokens": tokens, "logprobs": logprobs}
 
 
+def _largest_rank(adapter: str | None) -> int:
+    """Return the smallest of the ranks that vLLM can be asked for that the adapter does not exceed."""
+    if adapter is None:
+        return RANKS[0]
+    rank = json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]
+    return next(one for one in RANKS if one >= rank)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact")
@@ -62,7 +72,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--adapter", help="a LoRA folder, rank 16 at most")
+    parser.add_argument("--adapter", help="a LoRA folder")
     chosen = parser.parse_args()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)

@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from ...core.adapter import PREFIX
+from ...core.adapter import PREFIX, names
 from ...core.errors import LlmoptError, UsageError
 from ...core.passes import PassResult
 from ...core.processes import is_main, world_size
@@ -21,10 +21,12 @@ from .order import Order
 from .pupil import Pupil
 from .states import Keeper, Progress, digest, read_state
 from .teacher import Teacher
+from .zeros import check_zeros, keep_zeros
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from ...core.adapter import Adapter
     from ...core.model import ModelHandle
     from ...core.passes import PassContext
     from ...core.text import TextRows
@@ -131,7 +133,7 @@ def _distill(
     state = read_state(best)
     if params.lora_rank and on_grid:
         made = model.with_adapter(_factors(state), alpha=_alpha(params))
-        result.metrics["adapted_layers_count"] = len(state) // 2
+        result.metrics |= {"adapted_layers_count": len(state) // 2, "adapter_rank_max_count": params.lora_rank}
         result.notes.append(
             f"an adapter of {len(state) // 2} layers stays beside the model, whose {on_grid} quantized layers stay too"
         )
@@ -139,6 +141,7 @@ def _distill(
         made = model.with_parameters(_merged(model, params, state))
     else:
         made = model.with_parameters(state.get, quantized=learnt_weight(model, state) if on_grid else None)
+    check_zeros(model, made)
     result.changed = [name for name in made.tensor_specs() if not torch.equal(made.read(name), model.read(name))]
     result.metrics["on_grid_count"] = on_grid
     return made, result
@@ -181,11 +184,14 @@ def _student(model: ModelHandle, params: DistillParams) -> nn.Module:
     student = model.materialize()
     without_dropout(student)
     if params.lora_rank:
-        student = with_adapters(student, params)
+        student = with_adapters(student, params, model.adapter)
         if model.quantized:
             _check_linear(student)
+        if model.adapter is not None:
+            _go_on_from(student, params, model)
     else:
         student.requires_grad_(True)
+        keep_zeros(student, model)
         put_on_grids(student, model, scales=params.learn_scales)
     if params.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -203,12 +209,18 @@ def without_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def with_adapters(student: Any, params: DistillParams) -> Any:
-    """Return the student with LoRA adapters (Hu et al., 2021) as the only parameters that learn."""
+def with_adapters(student: Any, params: DistillParams, earlier: Adapter | None = None) -> Any:
+    """Return the student with LoRA adapters (Hu et al., 2021) as the only parameters that learn.
+
+    Args:
+        student: a transformers model.
+        params: rank and layers.
+        earlier: an adapter of the same rank, whose layers are taken.
+    """
     from peft import LoraConfig, get_peft_model
 
     assert params.lora_rank is not None
-    targets: Any = list(params.lora_targets) or "all-linear"
+    targets: Any = list(params.lora_targets if earlier is None else earlier.layers) or "all-linear"
     config = LoraConfig(r=params.lora_rank, lora_alpha=_alpha(params), target_modules=targets)
     try:
         return get_peft_model(student, config)
@@ -218,6 +230,20 @@ def with_adapters(student: Any, params: DistillParams) -> Any:
             where=f"pass `distill`: {str(error).splitlines()[0][:200]}",
             hint="name layers as the model calls them with `lora_targets`, such as q_proj",
         ) from None
+
+
+def _go_on_from(student: nn.Module, params: DistillParams, model: ModelHandle) -> None:
+    """Give the student's adapters the values of the one that an earlier pass left, whatever the scale of either."""
+    assert model.adapter is not None, "asked for where there is one"
+    assert params.lora_rank is not None, "the plan refuses other passes"
+    factor = model.adapter.scale * params.lora_rank / _alpha(params)
+    found = model.adapter_tensors()
+    state: dict[str, Tensor] = {}
+    for layer in model.adapter.layers:
+        down, up = (found[name] for name in names(layer))
+        state[f"{PREFIX}{layer}{_DOWN}"], state[f"{PREFIX}{layer}{_UP}"] = down, factor * up
+    unknown = student.load_state_dict(state, strict=False).unexpected_keys
+    assert not unknown, unknown
 
 
 def _alpha(params: DistillParams) -> int:

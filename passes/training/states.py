@@ -146,11 +146,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def digest(model: ModelHandle) -> str:
-    """Return a digest of a model's weights as the passes left them."""
+    """Return a digest of a model's weights as the passes left them, and of the adapter beside them."""
     sha = hashlib.sha256()
     for name, (dtype, shape) in model.tensor_specs().items():
         sha.update(f"{name} {dtype} {shape}".encode())
         sha.update(model.read(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name, tensor in model.adapter_tensors().items():
+        sha.update(name.encode())
+        sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

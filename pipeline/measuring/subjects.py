@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...core.adapter import CONFIG, FOLDER
 from ...core.errors import LlmoptError
 from ...core.runtime import Runtime, Session
 from ...models.locate import Location, read_config
 from ...models.sentence import is_sentence_folder
 from ...runtimes import RUNTIMES
-from ..artifact import Artifact
+from ..artifact import Artifact, opened_whole
 
 
 @dataclass(slots=True)
@@ -76,10 +75,7 @@ class Subject:
             from ...runtimes.onnxruntime_ import OnnxRuntime
 
             return OnnxRuntime().open_graph(self.graph, threads=self.threads)
-        session = self.runtime.open(self.directory, threads=self.threads)
-        adapter = self.directory / FOLDER
-        if (adapter / CONFIG).is_file():
-            session.adapt(adapter)
+        session = opened_whole(self.runtime, self.directory, threads=self.threads)
         model = getattr(session, "model", None)
         if model is not None and is_sentence_folder(self.folder):
             from ...models.pooling import pool_sentences

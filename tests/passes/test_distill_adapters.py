@@ -202,7 +202,7 @@ def test_it_is_told_and_reported(family, text, tmp_path):
     made = build(made_with(family("llama"), text), tmp_path / "out")
     words = str(manifest_sections(made, tmp_path / "out", source_bytes=1))
     assert f"--enable-lora --lora-modules recovered={tmp_path}/out/adapter" in words
-    made.passes[1].params["lora_rank"] = 40
+    made.passes[1].metrics["adapter_rank_max_count"] = 40
     assert "--max-lora-rank 64 " in str(manifest_sections(made, tmp_path / "out", source_bytes=1))
     assert "safetensors + adapter" in words
     assert "beside its base" in made.exports[0].notes[0]

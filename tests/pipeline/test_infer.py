@@ -431,3 +431,41 @@ def test_bench_of_a_generator_takes_no_texts(artifacts, texts):
     options = {"against": None, "repeats": 1, "prompt_tokens": 8, "new_tokens": 1, "threads": 1, "reporter": Silent()}
     with pytest.raises(UsageError, match="--input is for encoders"):
         bench(str(artifacts("llama", "LlamaForCausalLM")), **options, data=str(texts))
+
+
+class TestAdapter:
+    """An adapter beside the weights belongs to the artifact: what is computed and measured is both together."""
+
+    @pytest.fixture
+    def adapted(self, tmp_path):
+        save_head("bert", "BertForSequenceClassification", tmp_path / "model")
+        steps = ("rtn", {"bits": 2, "group_size": 32}), ("extract-adapter", {"rank": 8, "weighting": "none"})
+        build(recipe(tmp_path / "model", *steps, export=("safetensors", {"format": "plain"})), tmp_path / "adapted")
+        return tmp_path / "adapted"
+
+    def test_infer(self, adapted, texts, tmp_path):
+        _, rows = run(adapted, texts, tmp_path / "both.jsonl")
+        base = shutil.copytree(adapted, tmp_path / "base", ignore=shutil.ignore_patterns("adapter"))
+        (base / "llmopt.json").unlink()
+        _, alone = run(base, texts, tmp_path / "base.jsonl")
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForSequenceClassification
+
+        model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapted / "adapter")
+        tokenizer = load_tokenizer(adapted)
+        for row, other, text in zip(rows, alone, TEXTS, strict=True):
+            with torch.no_grad():
+                scores = model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(0)
+            got, without = (list(one["scores"].values()) for one in (row, other))
+            assert np.abs(np.array(got) - scores.numpy()).max() < 1e-5
+            assert np.abs(np.array(without) - scores.numpy()).max() > 1e-4
+
+    def test_bench(self, adapted):
+        from llmopt.pipeline.bench import bench
+
+        options = {"repeats": 1, "prompt_tokens": 8, "new_tokens": 1, "threads": 1, "reporter": Silent()}
+        assert bench(str(adapted), against=None, **options)["measured"][0]["tokens_per_second"] > 0
+        (adapted / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+        with pytest.raises(LlmoptError, match="peft does not load"):
+            bench(str(adapted), against=None, **options)

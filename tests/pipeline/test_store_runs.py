@@ -142,6 +142,7 @@ SWEEPS = {
     "experts": ("mixtral", [GPTQ]),
     "activations": ("llama", [GPTQ, ("quantize-activations", {"scale": "tensor"}), ("quantize-kv", {})]),
     "zeros": ("llama", [("sparsify", {"sparsity": "50%"}), GPTQ]),
+    "adapter": ("llama", [GPTQ, ("extract-adapter", {"rank": 3})]),
     "rtn": ("bert", [("rtn", {"group_size": 32})]),
     "autoround": ("llama", [("autoround", {"group_size": 32, "iterations": 3})]),
 }
@@ -308,9 +309,10 @@ def test_what_was_not_used_for_the_longest_goes_when_all_takes_too_much(family, 
         build(3, limit=2 * one + one // 2)
 
 
-def test_an_adapter_beside_the_weights_is_kept_too(run, family, text):
+@pytest.mark.parametrize("found", [[], [("extract-adapter", {"rank": 2, "weighting": "none"})]], ids=["learnt", "both"])
+def test_an_adapter_beside_the_weights_is_kept_too(found, run, family, text):
     learn = {"data": str(text), "steps": 4, "batch_size": 4, "length": 16, "learning_rate": 1e-2, "lora_rank": 2}
-    made = recipe(family("llama"), ("rtn", {"bits": 2, "group_size": 32}), ("distill", learn))
+    made = recipe(family("llama"), ("rtn", {"bits": 2, "group_size": 32}), *found, ("distill", learn))
     cold, _, _ = run(made)
     warm, record, told = run(made)
     assert [step["cached"] for step in record["steps"][:2]] == [True, True], told.notes
