@@ -123,7 +123,7 @@ def _multiplied_by_rows(skeleton: Skeleton, model: TorchModel) -> Iterator[set[s
         multiplied: set[str] = set()
         for view in (view for site in skeleton.sites for view in site.views):
             module = skeleton.model.get_submodule(view.parameter.rpartition(".")[0])
-            if type(module) is nn.Linear and view.parameter not in multiplied and _is_row_by_row(view, skeleton, model):
+            if view.parameter not in multiplied and _is_row_by_row(view, skeleton, model):
                 module.forward = _by_rows(module, view.linear.name, model)
                 stack.callback(delattr, module, "forward")
                 multiplied.add(view.parameter)
@@ -131,13 +131,17 @@ def _multiplied_by_rows(skeleton: Skeleton, model: TorchModel) -> Iterator[set[s
 
 
 def _is_row_by_row(view: View, skeleton: Skeleton, model: TorchModel) -> bool:
-    """Return whether a quantized layer is the whole of a parameter and its rows are the parameter's."""
+    """Return whether a quantized layer is the whole weight of a Linear, row for row, and its inputs are not rounded."""
+    if type(skeleton.model.get_submodule(view.parameter.rpartition(".")[0])) is not nn.Linear:
+        return False
     layer = view.linear.name
     as_stored = layer in model.quantized and layer not in model.store.transposed and layer not in skeleton.inputs
     return as_stored and view.rows is None and not view.transposed
 
 
-def _by_rows(module: nn.Linear, layer: str, model: TorchModel) -> Callable[[Tensor], Tensor]:
+def _by_rows(module: nn.Module, layer: str, model: TorchModel) -> Callable[[Tensor], Tensor]:
+    assert isinstance(module, nn.Linear)
+
     def multiply(tensor: Tensor) -> Tensor:
         weight = model.quantized_weight(layer)
         made = torch.cat([F.linear(tensor, part.float()) for _, part in dequantized_rows(weight)], -1)
