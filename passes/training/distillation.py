@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,12 @@ def _accelerator(params: DistillParams) -> Accelerator:
             f"{world_size()} processes were started, {accelerator.num_processes} train together",
             where=f"pass `distill`: accelerate found {accelerator.distributed_type}",
             hint="launch with `accelerate launch --multi_gpu` or torchrun, and see what `accelerate env` says",
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.distributed_type != "FSDP":
+        raise LlmoptError(
+            "accelerate does not shard the student, as it was asked to",
+            where=f"pass `distill`: {accelerator.distributed_type}; it shards on several GPUs only",
+            hint="launch without FSDP, and each process holds the whole student",
         )
     return accelerator
 
