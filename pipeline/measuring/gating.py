@@ -94,8 +94,10 @@ def check_test_data(plan: Plan, location: Location) -> None:
     Raises:
         LlmoptError: a row cannot be used.
     """
-    for one in _assigned(plan, location):
-        one.task(open_data(one.task, one.options), source_subject(location), one.options.samples)
+    if given := _assigned(plan, location):
+        source = source_subject(location)
+        for one in given:
+            one.task(open_data(one.task, one.options), source, one.options.samples)
 
 
 def _assigned(plan: Plan, location: Location) -> list[Assigned]:
