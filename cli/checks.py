@@ -66,9 +66,9 @@ def _evaluations(written: Sequence[EvaluationSpec], build: Build) -> tuple[Evalu
         base = replace(base, columns=parse_columns(build.gate_column, "--gate-column"))
     if build.gate_confidence is not None:
         base = replace(base, confidence=parse_share(build.gate_confidence, where="--gate-confidence"))
-    count = max(1, len(data))
-    each = zip(data or [base.data], tasks * (count if len(tasks) == 1 else 1) or [base.task] * count, strict=True)
-    return tuple(replace(base, data=one, task=task) for one, task in each)
+    named = data or [base.data]
+    chosen = tasks if len(tasks) > 1 else (tasks or [base.task]) * len(named)
+    return tuple(replace(base, data=one, task=task) for one, task in zip(named, chosen, strict=True))
 
 
 @contextmanager

@@ -41,8 +41,9 @@ A gate limits a metric: `--gate "perplexity_increase<=2%"`, or `gates: {{perplex
 when it lies outside, and is undecided in between, or with fewer than {fewest} samples. Quality needs test data
 (`--gate-data`, `evaluation: {{data: FILE}}`): calibration text is never taken for it. Speed, load time and memory are
 medians over repeats (`evaluation: {{repeats: 9}}`), of the source in turns with the artifact, each in a process of its
-own. What was measured is in llmopt.run.json. Limits are written `2%`, `0.35`, `500ms`, `2GiB`. `points` are differences
-of shares: `accuracy_drop<=1%` allows 0.80 where the source has 0.81.
+own. What was measured is in llmopt.run.json. Quality that a run has measured is in the cache: the same artifact, data,
+source and versions give the same figures; speed is measured each time. Limits are written `2%`, `0.35`, `500ms`,
+`2GiB`. `points` are differences of shares: `accuracy_drop<=1%` allows 0.80 where the source has 0.81.
 
 `evaluation` may be a list, `--gate-data` be given several times. A gate is then measured with all data whose task gives
 its metric, as it is measured of all exports; `accuracy@mmlu>=60%` names one of them, by the file's name without its

@@ -51,13 +51,16 @@ def locate(spec: ModelSpec) -> Location:
         LlmoptError: the hub does not answer or does not have it.
     """
     path = Path(spec.id).expanduser()
+    if path.exists() and spec.revision is not None:
+        where = f"revision {spec.revision}: `{spec.id}` lies on this machine"
+        raise UsageError("revisions are those of the hub", where=where, hint="leave the revision out")
     if path.is_file() and path.suffix == ".onnx":
-        return Location(path.parent, spec.id, graph=path)
+        return _of_graph(path, spec)
     if path.is_file():
         raise UsageError(f"`{spec.id}` is a file, not a model folder", hint="give the folder that holds config.json")
     if path.is_dir():
         if (graph := _graph_in(path, spec)) is not None:
-            return Location(path, spec.id, graph=graph)
+            return _of_graph(graph, spec)
         folder, revision = path, None
     elif looks_like_hub_id(spec.id):
         folder = _snapshot(spec)
@@ -71,6 +74,17 @@ def locate(spec: ModelSpec) -> Location:
         return Location(sentence.transformer, spec.id, revision, spec.trust_remote_code, task, sentence)
     check_folder(folder, spec)
     return Location(folder, spec.id, revision, spec.trust_remote_code, spec.task)
+
+
+def _of_graph(graph: Path, spec: ModelSpec) -> Location:
+    """Return an ONNX file as a model; its head is in it, so no task can choose another."""
+    if spec.task is not None:
+        raise UsageError(
+            f"a task chooses the head of a model, and an ONNX graph has its own: {spec.task}",
+            where=f"`{spec.id}` is one",
+            hint="leave the task out",
+        )
+    return Location(graph.parent, spec.id, graph=graph)
 
 
 def _graph_in(folder: Path, spec: ModelSpec) -> Path | None:

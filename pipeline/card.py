@@ -24,7 +24,7 @@ def write_card(manifest: Manifest, root: Path) -> Path:
 
 
 def _entry(manifest: Manifest, root: Path) -> Any:
-    from .report import artifact_entry
+    from .entry import artifact_entry
 
     return artifact_entry(manifest, root, name="", path=".")
 

@@ -12,8 +12,9 @@ from ..core.digests import file_sha256
 from ..core.errors import UsageError
 from ..core.manifest import ExportRecord, Manifest
 from ..core.progress import Reporter
+from .entry import artifact_entry
 from .layer_maps import rounded_layers
-from .report import artifact_entry, existing_artifact
+from .report import existing_artifact
 
 _MOST_LAYERS = 20
 """Of the layers that differ so many are shown, those that differ most first; all are in the document's counts."""

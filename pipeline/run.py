@@ -17,6 +17,7 @@ from ..core.threads import DEFAULT
 from ..models.handle import TorchModel
 from ..models.locate import Location
 from ..models.onnx_file import GraphSource
+from .cache.figures import KeptFigures
 from .cache.kept import KeptSteps, keeping
 from .cache.keys import Keys
 from .cache.store import CacheSettings, open_store
@@ -72,6 +73,7 @@ def run_plan(
         ExitStack() as behind,
     ):
         source = source_of(plan, reporter)
+        store = None if cache is None or world_size() > 1 else open_store(cache, reporter)
         location, checkpoint, samples = source.location, source.checkpoint, source.samples
         if gates:
             check_test_data(plan, location)
@@ -91,7 +93,6 @@ def run_plan(
             model = TorchModel.create(location, checkpoint, plan.facts, stage.work)
             _warn_of_unused(model, reporter)
             start = Start(location, checkpoint, plan.facts, plan.recipe.calibration, stage.work)
-            store = None if cache is None or world_size() > 1 else open_store(cache, reporter)
             steps = KeptSteps(
                 store,
                 _keys(plan, source),
@@ -120,12 +121,13 @@ def run_plan(
             context=context,
             recorder=recorder,
         )
-        kept = keep_answers(reference, stage.root)
-        manifest = with_card(manifest_of(plan, source, records, exports, kept), stage.root)
+        answers = keep_answers(reference, stage.root)
+        manifest = with_card(manifest_of(plan, source, records, exports, answers), stage.root)
         write_record(manifest, stage.root / MANIFEST)
         del model, reference
         if gates and not unverified(exports):
-            _measure_gates(plan, location, exports, stage.root, reporter=reporter, recorder=recorder)
+            kept = KeptFigures(store, source.reads, plan.recipe.model.id, reporter)
+            _measure_gates(plan, location, exports, stage.root, kept=kept, recorder=recorder)
         write_record(recorder.finish(source.reads.records()), stage.root / RUN)
         readable(stage.root)
         source.reads.check()
@@ -178,9 +180,9 @@ def _measure_gates(
     exports: Sequence[ExportRecord],
     root: Path,
     *,
-    reporter: Reporter,
+    kept: KeptFigures,
     recorder: Recorder,
 ) -> None:
     if plan.recipe.gates:
         with recorder.step("gates"):
-            recorder.gates = run_gates(plan, location, exports, root, reporter)
+            recorder.gates = run_gates(plan, location, exports, root, kept)

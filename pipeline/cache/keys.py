@@ -25,8 +25,8 @@ from ..steps import AnyPass
 _PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "accelerate", "peft", "llmopt")
 """The packages that compute, or read and write what is computed with."""
 
-_OURS = ("core", "models", "calibration", "passes", "pipeline")
-"""The folders of llmopt whose code decides what a pass makes."""
+_OURS = ("core", "models", "calibration", "passes", "pipeline", "evaluation", "runtimes")
+"""The folders of llmopt whose code decides what a pass makes, and what is measured of it."""
 
 
 class Keys:
@@ -93,6 +93,11 @@ class Keys:
         }
         self._before = _hash(document)
         return self._before
+
+
+def key_of(document: dict[str, Any]) -> str:
+    """Return the key of what follows from plain data and the versions of what computes."""
+    return _hash([document, versions()])
 
 
 def uses_samples(one: AnyPass) -> bool:

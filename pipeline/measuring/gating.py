@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from ...core.errors import LlmoptError, UsageError, nearest
 from ...core.facts import ModelFacts
 from ...core.manifest import ExportRecord, GateRecord
 from ...core.plan import Plan, PlanStep
-from ...core.progress import Reporter
 from ...core.recipe import Recipe
 from ...evaluation.gates import Gate, Measured, judge
 from ...evaluation.metrics import METRICS, Group
 from ...models.locate import Location
 from ..artifact import Artifact
+from ..cache.figures import Figures, KeptFigures
 from .asking import ask, ask_one, comparable, measured, open_data
 from .assigning import Assigned, assigned, check_settings, gates_of_recipe, speed_spec
 from .speed import measure_speed
@@ -93,8 +94,10 @@ def check_test_data(plan: Plan, location: Location) -> None:
     Raises:
         LlmoptError: a row cannot be used.
     """
-    for one in _assigned(plan, location):
-        one.task(open_data(one.task, one.options), source_subject(location), one.options.samples)
+    if given := _assigned(plan, location):
+        source = source_subject(location)
+        for one in given:
+            one.task(open_data(one.task, one.options), source, one.options.samples)
 
 
 def _assigned(plan: Plan, location: Location) -> list[Assigned]:
@@ -103,7 +106,7 @@ def _assigned(plan: Plan, location: Location) -> list[Assigned]:
 
 
 def run_gates(
-    plan: Plan, location: Location, exports: Sequence[ExportRecord], root: Path, reporter: Reporter
+    plan: Plan, location: Location, exports: Sequence[ExportRecord], root: Path, kept: KeptFigures
 ) -> list[GateRecord]:
     """Measure all gates of every export, and judge them.
 
@@ -112,12 +115,12 @@ def run_gates(
         location: the source model.
         exports: what was made.
         root: where it lies.
-        reporter: shown progress, and what is measured with what.
+        kept: quality that was measured before; its reporter is shown progress, and what is measured with what.
 
     Raises:
         LlmoptError: something could not be measured.
     """
-    run = _Run(plan, location, reporter)
+    run = _Run(plan, location, kept)
     found: list[tuple[int, GateRecord]] = []
     for export in exports:
         own = subject_of(Artifact(root / export.directory, None, None, None), name=export.name)
@@ -128,19 +131,19 @@ def run_gates(
 class _Run:
     """The measurements of one run; what the source says is asked once for all exports where it can be."""
 
-    def __init__(self, plan: Plan, location: Location, reporter: Reporter) -> None:
+    def __init__(self, plan: Plan, location: Location, kept: KeptFigures) -> None:
         self._facts = plan.facts
         self._gates = gates_of_recipe(plan.recipe)
         self._data = _assigned(plan, location)
         self._speed_spec = speed_spec(plan.recipe)
         self._location = location
-        self._reporter = reporter
+        self._kept, self._reporter = kept, kept.reporter
         self._source: Subject | None = None
         self._of_source: dict[str, Found] = {}
         calibration = plan.recipe.calibration
         for data in [one.options.data for one in self._data]:
             if calibration is not None and data == calibration.data:
-                reporter.warn(f"the gates' test data is the calibration data, {data}: it flatters the artifact")
+                self._reporter.warn(f"the gates' test data is the calibration data, {data}: it flatters the artifact")
 
     def measure(self, own: Subject, export: ExportRecord) -> Iterator[tuple[int, GateRecord]]:
         """Measure the gates of one export; yield each with its place in the recipe."""
@@ -148,7 +151,7 @@ class _Run:
             yield at, judge(gate, self._size(gate.name, export), export=export.name)
         for one in self._data:
             gates = [(at, gate) for at, gate in self._of(export, "quality") if gate in one.gates]
-            found = self._quality(own, one, [gate.name for _, gate in gates]) if gates else {}
+            found = self._quality(own, export, one, sorted({gate.name for _, gate in gates})) if gates else {}
             for at, gate in gates:
                 confidence = one.options.confidence
                 measured = found[gate.name]
@@ -182,7 +185,26 @@ class _Run:
         wanted = list(dict.fromkeys(names))
         return measure_speed(own, source, wanted, repeats=repeats, confidence=confidence, reporter=self._reporter)
 
-    def _quality(self, own: Subject, data: Assigned, names: Sequence[str]) -> dict[str, Measured]:
+    def _quality(self, own: Subject, export: ExportRecord, data: Assigned, names: Sequence[str]) -> Figures:
+        """Return metrics of quality, as an earlier run measured them where all that decides them is the same."""
+        options = data.options
+        assert options.data is not None
+        read = self._kept.reads.digest("evaluation", options.data)
+        if read is None:  # a data set of the hub may change
+            return self._measured(own, data, names)
+        depends_on = {
+            "artifact": {name: file.sha256 for name, file in export.files.items()},
+            "source": self._kept.reads.digest("model", self._kept.model),
+            "data": read,
+            "task": data.task.name,
+            "options": [dict(options.columns), asdict(options.samples), options.confidence],
+            "metrics": list(names),
+            "runtime": own.runtime.version(),
+        }
+        title = f"gates of {own.name} with {options.data}"
+        return self._kept.figures(title, depends_on, lambda: self._measured(own, data, names))
+
+    def _measured(self, own: Subject, data: Assigned, names: Sequence[str]) -> Figures:
         options, kind = data.options, data.task
         task = kind(open_data(kind, options), own, options.samples)
         source = self._model() if any(METRICS[name].source for name in names) else None
@@ -193,7 +215,7 @@ class _Run:
             f"gates of {own.name}: {task.title} on {options.data}, {len(task)} samples, in {own.runtime.version()}"
         )
         found = self._asked(task, own, source, data.name, names)
-        return measured(kind.name, found, list(dict.fromkeys(names)), options.confidence)
+        return measured(kind.name, found, names, options.confidence)
 
     def _asked(self, task: Task, own: Subject, source: Subject | None, data: str, names: Sequence[str]) -> Found:
         """Ask the export, and the source unless its answers to these data are known from an earlier export."""

@@ -24,7 +24,7 @@ from ...models.locate import context_length
 from ..jobs import Generation
 from ..texts import Encoded
 from .asking import HARNESS, EvalOptions
-from .language_tasks import continuation, log_likelihoods, token_ids
+from .likelihoods import continuation, log_likelihoods, token_ids
 from .subjects import Subject
 from .tasks import is_causal
 

@@ -416,6 +416,16 @@ class TestHub:
         locate(ModelSpec(id="org/name", trust_remote_code=True))
         assert "*.py" in hub["asked"][1]["allow_patterns"]
 
+    def test_what_a_model_on_this_machine_does_not_heed(self, hub, family, tmp_path):
+        with pytest.raises(UsageError, match="revisions are those of the hub"):
+            locate(ModelSpec(id=str(family("llama")), revision="main"))
+        (tmp_path / "model.onnx").write_bytes(b"")
+        for name in (tmp_path, tmp_path / "model.onnx"):
+            with pytest.raises(UsageError, match="an ONNX graph has its own"):
+                locate(ModelSpec(id=str(name), task="fill-mask"))
+            assert locate(ModelSpec(id=str(name))).graph == tmp_path / "model.onnx"
+        assert hub["asked"] is None
+
     def test_a_path_is_never_asked_of_the_hub(self, hub, tmp_path):
         for name in ("./missing", "../missing", "~/missing", str(tmp_path / "missing"), "a/b/c", "a\\b"):
             with pytest.raises(UsageError):

@@ -10,10 +10,12 @@ import msgspec
 import pytest
 from families import save_sentence_folder
 from helpers import recipe
-from llmopt.core.errors import UnmetError, UsageError
+from llmopt.core.errors import LlmoptError, UnmetError, UsageError
 from llmopt.core.manifest import RUN, RunRecord
 from llmopt.core.progress import Silent
 from llmopt.core.recipe import CalibrationSpec, EvaluationSpec
+from llmopt.pipeline.cache import keys
+from llmopt.pipeline.cache.store import CacheSettings, Store
 from llmopt.pipeline.measuring import gating
 from llmopt.pipeline.output import file_records
 from llmopt.pipeline.plan import make_plan
@@ -301,6 +303,56 @@ def test_a_recipe_names_evaluations_in_a_list(tmp_path):
         (tmp_path / "r.yaml").write_text(f"model: m\n{wrong}\n")
         with pytest.raises(UsageError, match="bad value in the parameters"):
             load_recipe(tmp_path / "r.yaml")
+
+
+def test_quality_is_measured_once(family, text, tmp_path, cache, monkeypatch):
+    data = tmp_path / "t.txt"
+    data.write_text(text.read_text())
+    asked = []
+    ask = gating.ask
+    monkeypatch.setattr(gating, "ask", lambda *given: asked.append(given[1].name) or ask(*given))
+
+    def gates_of(output, *gates, source=None, **evaluation):
+        heard = Heard()
+        spec = {"data": str(data), "length": 24, "samples": 6, **evaluation}
+        made = make_plan(gated(source or family("llama"), *gates, evaluation=spec))
+        run_plan(made, tmp_path / output, force=False, reporter=heard, cache=CacheSettings(cache))
+        return read_run(tmp_path / output).gates, [line for line in heard.said if line.startswith("gates of")]
+
+    first, said = gates_of("a", "mean_kl<=9", "size_ratio<=1")
+    assert "from the cache" not in said[0]
+    again, said = gates_of("b", "mean_kl<=9", "size_ratio<=1")
+    assert (again, len(asked)) == (first, 1)
+    assert said[0].startswith(f"gates of safetensors with {data}: from the cache, ")
+    other, _ = gates_of("c", "mean_kl<=8")  # another limit of the same figure
+    assert (other[0].value, other[0].limit, len(asked)) == (first[0].value, 8, 1)
+    gates_of("d", "mean_kl<=9", samples=7)
+    gates_of("e", "mean_kl<=9", confidence=0.9)
+    gates_of("f", "mean_kl<=9", "perplexity<=1000000")
+    gates_of("g", "mean_kl<=9", source=family("llama", hidden_size=32))
+    data.write_text(data.read_text() + "egg\n")
+    gates_of("h", "mean_kl<=9")
+    assert len(asked) == 6
+    known = keys.versions()
+    monkeypatch.setattr(keys, "versions", lambda: known | {"torch": "0"})
+    gates_of("i", "mean_kl<=9")
+    assert len(asked) == 7
+
+
+def test_figures_of_data_that_change_are_not_kept(family, text, tmp_path, cache, monkeypatch):
+    data = tmp_path / "t.txt"
+    data.write_text(text.read_text())
+    ask = gating.ask
+
+    def changing(*given):
+        data.write_text("other\n" * 400)
+        return ask(*given)
+
+    monkeypatch.setattr(gating, "ask", changing)
+    made = gated(family("llama"), "mean_kl<=9", evaluation={"data": str(data), "length": 24, "samples": 6})
+    with pytest.raises(LlmoptError, match="was changed while it was read"):
+        run_plan(make_plan(made), tmp_path / "out", force=False, reporter=Silent(), cache=CacheSettings(cache))
+    assert [entry.title for entry in Store(cache).shown()] == ["rtn"]
 
 
 def test_make_stops(family, text, tmp_path):
