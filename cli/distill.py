@@ -38,8 +38,8 @@ def command(
     """Let a model learn from a teacher and export it.
 
     MODEL is the student, a folder whose model is smaller than the teacher or has lost something; with `--student`
-    MODEL is the teacher. With `--lm 1` alone it learns from the text and needs no teacher. `accelerate launch
-    --multi_gpu -m llmopt distill …` trains on several processes.
+    MODEL is the teacher. With `--lm 1` or `--labels 1` alone it learns from the data and needs no teacher. `accelerate
+    launch --multi_gpu -m llmopt distill …` trains on several processes.
 
         llmopt distill ./pruned -o ./recovered --teacher ./original --data wiki.txt --steps 2000
         llmopt distill ./original -o ./recovered --student ./pruned --data wiki.txt --steps 2000
