@@ -23,7 +23,7 @@ def labelled_rows(
     """Yield the token ids of each text, and its label as a number; see `core.text.TextRows`.
 
     An answer follows its question with nothing between them, and is followed by the tokenizer's end of a text. A
-    question without a token, or that leaves no room for its answer, is left out.
+    question or an answer without a token is left out, and a question that leaves no room for its answer.
 
     Args:
         source: the data.
@@ -45,7 +45,7 @@ def labelled_rows(
             yield ids, _class(record, label, numbers, labels, source)
             continue
         question, answer = _continued(text, label, tokenizer)
-        if 0 < len(question) < request.length:
+        if answer and 0 < len(question) < request.length:
             yield (question + answer)[: request.length], len(question)
 
 
