@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, overload
 
 from ..core.errors import LlmoptError
 from ..core.text import TextRequest, TextRows
+from .labelled import labelled_rows
 from .source import open_source
 from .tokens import encode
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..core.progress import Reporter
+    from .source import Source
 
 SHORTEST = 2
 """A row of one token predicts nothing."""
@@ -88,14 +91,14 @@ def load_rows(
 
     assert request.data is not None, "the pipeline names it"
     source = open_source(request.data, request.column)
-    running = source.is_text and request.packing
-    documents = (one for one in source.documents(tokenizer, running=running) if running or one.text.strip())
-    encoded = encode(documents, tokenizer, length=None if request.packing else request.length)
-    digest, lengths, keys = hashlib.sha256(), [], []
+    digest, lengths, keys, labels = hashlib.sha256(), [], [], []
     with path.open("wb") as file:
-        for row in _rows(encoded, request):
+        for row, label in islice(_found(source, request, tokenizer), request.rows + request.held_out):
             data = np.array(row, dtype=np.int32).tobytes()
             digest.update(len(data).to_bytes(8, "little") + data)
+            if label is not None:
+                digest.update(label.to_bytes(8, "little"))
+                labels.append(label)
             file.write(data)
             lengths.append(len(row))
             keys.append(hash(data))
@@ -116,14 +119,30 @@ def load_rows(
         f"text: {len(chosen)} rows to learn from, {held} to measure with, {int(starts[-1])} tokens ({source.label})"
     )
     return TextRows(
-        StoredRows(path, starts, chosen), StoredRows(path, starts, held_out), request.data, digest.hexdigest()
+        StoredRows(path, starts, chosen),
+        StoredRows(path, starts, held_out),
+        request.data,
+        digest.hexdigest(),
+        labels=[labels[index] for index in chosen] if labels else None,
+        held_out_labels=[labels[index] for index in held_out] if labels else None,
     )
 
 
+def _found(
+    source: Source, request: TextRequest, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], int | None]]:
+    """Yield rows, each with its label where labels are asked for."""
+    if request.labels is not None:
+        yield from labelled_rows(source, request, tokenizer)
+        return
+    running = source.is_text and request.packing
+    documents = (one for one in source.documents(tokenizer, running=running) if running or one.text.strip())
+    encoded = encode(documents, tokenizer, length=None if request.packing else request.length)
+    yield from ((row, None) for row in _rows(encoded, request))
+
+
 def _rows(encoded: Iterator[list[int]], request: TextRequest) -> Iterator[list[int]]:
-    """Yield as many rows as are of use."""
-    wanted = request.rows + request.held_out
-    count = 0
+    """Yield rows, packed or a text each."""
     buffer: list[int] = []
     for ids in encoded:
         if request.packing:
@@ -133,8 +152,4 @@ def _rows(encoded: Iterator[list[int]], request: TextRequest) -> Iterator[list[i
             del buffer[:whole]
         else:
             made = [ids] if len(ids) >= SHORTEST else []
-        for row in made:
-            yield row
-            count += 1
-            if count == wanted:
-                return
+        yield from made

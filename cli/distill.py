@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..core.errors import UsageError
 from ..core.params import convert
@@ -22,19 +24,30 @@ from .options import Options, Source, with_options
 def command(
     model: ModelArgument,
     *,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model that learns, in the place of MODEL, which is its teacher then.",
+            rich_help_panel="Learning",
+        ),
+    ] = None,
     build: Build,
     options: Options,
 ) -> None:
     """Let a model learn from a teacher and export it.
 
-    MODEL is the student, a folder whose model is smaller than the teacher or has lost something. With `--lm 1` alone it
-    learns from the text and needs no teacher. `accelerate launch --multi_gpu -m llmopt distill …` trains on several
-    processes.
+    MODEL is the student, a folder whose model is smaller than the teacher or has lost something; with `--student`
+    MODEL is the teacher. With `--lm 1` or `--labels 1` alone it learns from the data and needs no teacher. `accelerate
+    launch --multi_gpu -m llmopt distill …` trains on several processes.
 
         llmopt distill ./pruned -o ./recovered --teacher ./original --data wiki.txt --steps 2000
+        llmopt distill ./original -o ./recovered --student ./pruned --data wiki.txt --steps 2000
     """
     screen = build.screen()
     given = options["distill"]
+    if student is not None:
+        model, given = student, {**given, "teacher": _teacher_of(model, student, given)}
     if "data" not in given:
         raise UsageError("distill needs text", hint="name it with --data SPEC")
     if "teacher" not in given and Need.TEACHER in _built(given).requires():
@@ -49,6 +62,17 @@ def command(
         threads=build.threads,
     )
     execute(recipe, build, screen)
+
+
+def _teacher_of(model: str, student: str, given: dict[str, Any]) -> str:
+    """Return the teacher's name where the student has one of its own."""
+    if "teacher" in given:
+        raise UsageError(
+            "two teachers are named",
+            where=f"MODEL {model}, beside the student {student}, and --teacher {given['teacher']}",
+            hint="leave one of them out",
+        )
+    return model
 
 
 def _built(given: dict[str, Any]) -> Pass[Any]:

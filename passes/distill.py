@@ -15,14 +15,14 @@ from ..core.params import Params
 from ..core.passes import ModelPass, Need, Pass, PassContext, PassResult
 from ..core.reads import Input
 from ..core.target import Target
-from ..core.text import TextRequest
+from ..core.text import Labels, TextRequest
+from .suited import LOGITS, WITHOUT_TEACHER, classes, has_logits, unsuited
 
 _LENGTH = 512
 _ADAM = 4
 """How many numbers of four bytes a trained weight takes: itself, its gradient, and two moments."""
 
-_LOGITS = ("kl", "reverse_kl", "js", "lm")
-_LOSSES = ("kl", "reverse_kl", "js", "hidden", "relation", "cosine", "lm")
+_LOSSES = ("kl", "reverse_kl", "js", "hidden", "relation", "cosine", "lm", "labels")
 
 Weight = Annotated[float, Meta(ge=0)]
 
@@ -85,6 +85,17 @@ class DistillParams(Params, frozen=True, kw_only=True):
     lm: Annotated[Weight | None, Meta(description="Weight of the text's own next token: plain language modelling.")] = (
         None
     )
+    labels: Annotated[
+        Weight | None,
+        Meta(
+            description="Weight of the labels of `data`: the classes of its texts, or the answers that continue them, "
+            "of which the answers alone count."
+        ),
+    ] = None
+    label_column: Annotated[
+        str | None,
+        Meta(description="The column of `data` that holds the labels: names or numbers of classes, or text."),
+    ] = None
     temperature: Annotated[float, Meta(gt=0, description="Softens the answers that `kl` and others compare.")] = 1.0
     relation_heads: Annotated[int, Meta(ge=1, description="Heads of `relation`; divides both models' width.")] = 12
     steps: Annotated[int, Meta(ge=1, description="Updates of the weights.")] = 1000
@@ -156,13 +167,8 @@ class DistillParams(Params, frozen=True, kw_only=True):
     @property
     def losses_need_teacher(self) -> bool:
         """Whether anything but the text itself is learnt from."""
-        given = [name for name in _LOSSES if getattr(self, name)]
-        return given != ["lm"]
-
-
-def has_logits(facts: ModelFacts) -> bool:
-    """Return whether a model answers with logits: its class has a head."""
-    return "For" in facts.architecture or facts.architecture.endswith("LMHeadModel")
+        given = {name for name in _LOSSES if getattr(self, name)}
+        return not given or not given <= WITHOUT_TEACHER
 
 
 class Distill(ModelPass[DistillParams]):
@@ -221,10 +227,11 @@ class Distill(ModelPass[DistillParams]):
         from ..core.processes import world_size
 
         params = self.params
-        packing = facts.is_causal_lm if params.packing is None else params.packing
+        packing = facts.is_causal_lm and not params.labels if params.packing is None else params.packing
+        labels = Labels(params.label_column, classes(facts)) if params.labels and params.label_column else None
         rows = params.steps * params.batch_size * params.accumulation * world_size()
         length = params.length or min(_LENGTH, _context(facts.config) or _LENGTH)
-        return TextRequest(params.data, params.column, length, packing, rows, params.held_out)
+        return TextRequest(params.data, params.column, length, packing, rows, params.held_out, labels)
 
     def whole_bytes(self, facts: ModelFacts) -> int:
         """Return the bytes of weights, gradients and moments, of a teacher as large, and of a batch's logits."""
@@ -269,7 +276,8 @@ class Distill(ModelPass[DistillParams]):
             (("column",), params.data is not None, "`data`"),
             (("relation_heads",), "relation" in losses, "a weight for `relation`"),
             (("temperature",), compared, "a weight for `kl`, `reverse_kl` or `js`"),
-            (("teacher", "align_vocab"), losses.keys() != {"lm"}, "a loss that compares with a teacher"),
+            (("teacher", "align_vocab"), params.losses_need_teacher, "a loss that compares with a teacher"),
+            (("label_column",), "labels" in losses, "a weight for `labels`"),
         ):
             idle = next((name for name in names if getattr(params, name) != getattr(usual, name)), None)
             if idle is not None and not heeded:
@@ -285,33 +293,49 @@ class Distill(ModelPass[DistillParams]):
                 hint="give a loss a weight, such as `kl: 1`",
             )
         for name in losses:
-            why = None
-            if name == "lm" and not facts.is_causal_lm:
-                why = "it does not predict the next token"
-            elif name in _LOGITS and not has_logits(facts):
-                why = "it has no head, and so no logits"
-            elif name == "relation" and facts.is_causal_lm:
-                why = "tokens of a decoder relate to those before them only; it is for encoders"
-            elif name == "cosine" and has_logits(facts):
-                why = "it makes no embeddings of texts"
+            why = unsuited(name, facts)
             if why is not None:
                 raise UsageError(
                     f"the loss `{name}` does not suit the model",
                     where=f"{where}: {why}",
                     hint="use `kl`" if has_logits(facts) else "use `hidden`, `relation` or `cosine`",
                 )
-        if self.params.cache is not None and not set(losses) <= {"kl", "reverse_kl", "js", "lm"}:
+        if "labels" in losses:
+            self._check_labels(where)
+        if self.params.cache is not None:
+            self._check_cache(facts, losses, where)
+
+    def _check_cache(self, facts: ModelFacts, losses: dict[str, float], where: str) -> None:
+        """Refuse a cache of what is no answer, and of more tokens than there are."""
+        if not set(losses) <= {"kl", "reverse_kl", "js", *WITHOUT_TEACHER}:
             raise UsageError(
                 "only answers are cached",
                 where=f"{where}: {', '.join(sorted(set(losses) & {'hidden', 'relation', 'cosine'}))} need the teacher",
                 hint="leave `cache` out",
             )
         vocabulary = (facts.config.get("text_config") or facts.config).get("vocab_size")
-        if self.params.cache is not None and isinstance(vocabulary, int) and self.params.top_k > vocabulary:
+        if isinstance(vocabulary, int) and self.params.top_k > vocabulary:
             raise UsageError(
                 f"{self.params.top_k} tokens of each answer are more than there are",
                 where=f"{where}: its vocabulary has {vocabulary}",
                 hint=f"use --top-k {min(64, vocabulary)}",
+            )
+
+    def _check_labels(self, where: str) -> None:
+        """Refuse data that has no labels, and rows that are no texts of their own."""
+        params = self.params
+        data = params.data or ""
+        if not params.label_column or not data or data.endswith(".txt"):
+            raise UsageError(
+                "labels are read from a column of `data`",
+                where=f"{where}: data {params.data}, label_column {params.label_column}",
+                hint="name a .jsonl, .csv or .parquet file with --data, and its column with --label-column",
+            )
+        if params.packing:
+            raise UsageError(
+                "packed rows have no labels",
+                where=f"{where}: packing",
+                hint="leave `packing` out: with labels a text is a row",
             )
 
     def check_teacher(self, facts: ModelFacts, teacher: ModelFacts, *, same_vocabulary: bool) -> None:
@@ -323,7 +347,7 @@ class Distill(ModelPass[DistillParams]):
                 where=where,
                 hint="decoders learn from decoders, encoders from encoders",
             )
-        needed = set(self.params.losses(facts)) & set(_LOGITS)
+        needed = set(self.params.losses(facts)) & LOGITS
         if needed - {"lm"} and not has_logits(teacher):
             raise UsageError(
                 f"`{teacher.source}` has no logits to learn from", where=where, hint="use a teacher with a head"

@@ -58,18 +58,23 @@ class ExtractAdapter(BlockPass[ExtractAdapterParams]):
         calibrated = self.params.weighting == "covariance"
         return frozenset({Need.UNROUNDED, *((Need.CALIBRATION,) if calibrated else ())})
 
+    @property
+    def _shape(self) -> AdapterShape:
+        return AdapterShape(self.params.rank, self.params.targets)
+
     def keeps_adapter(self, earlier: Sequence[Pass[Any]]) -> AdapterShape:  # noqa: ARG002
         """Return the adapter's shape."""
-        return AdapterShape(self.params.rank, self.params.targets)
+        return self._shape
 
     def left_alone(self, name: str) -> str | None:
         """Return that a layer is none of the targets, None where it is one."""
-        return None if AdapterShape(self.params.rank, self.params.targets).covers(name) else "not among the targets"
+        return None if self._shape.covers(name) else "not among the targets"
 
     def check(self, facts: ModelFacts, target: Target) -> None:  # noqa: ARG002
         """Refuse a target that no layer is called by."""
         for one in self.params.targets:
-            if not any(AdapterShape(self.params.rank, (one,)).covers(linear.name) for linear in facts.linears):
+            shape = self._shape._replace(targets=(one,))
+            if not any(shape.covers(linear.name) for linear in facts.linears):
                 known = sorted({linear.name.rpartition(".")[2] for linear in facts.linears})
                 raise UsageError(
                     f"target `{one}` matches no layer",

@@ -29,6 +29,7 @@ _LOSSES = {
     "reverse_kl": ("reverse KL from the teacher", "nats a token"),
     "js": ("JS from the teacher", "nats a token"),
     "lm": ("loss on the text", "nats a token"),
+    "labels": ("loss on the labels", "nats"),
 }
 _SPEEDS = {
     "prefill_tokens_per_second": "Prompt, tokens/s",

@@ -15,6 +15,7 @@ from ...core.adapter import PREFIX, names
 from ...core.errors import LlmoptError, UsageError
 from ...core.passes import PassResult
 from ...core.processes import is_main, world_size
+from ..suited import WITHOUT_TEACHER
 from .logit_cache import LogitCache
 from .loop import Loop, Material, Settings
 from .on_grid import learnt_weight, put_on_grids
@@ -67,8 +68,8 @@ def _distill(
     result = PassResult()
     on_grid = len(model.quantized)
     ids, shared = _shared_tokens(params, context, result)
-    rows = _known_rows(text.rows, ids, result, "rows")
-    held_out = _known_rows(text.held_out, ids, result, "held-out rows")
+    rows, labels = _known_rows(text.rows, text.labels, ids, result, "rows")
+    held_out, held_out_labels = _known_rows(text.held_out, text.held_out_labels, ids, result, "held-out rows")
     order = Order(
         rows,
         at_once=params.batch_size,
@@ -76,9 +77,10 @@ def _distill(
         processes=accelerator.num_processes,
         process=accelerator.process_index,
         seed=context.seed,
+        labels=labels,
     )
     _check_rows(rows, order, text)
-    handle, wanted = context.teacher, losses - {"lm"}
+    handle, wanted = context.teacher, losses - WITHOUT_TEACHER
     teacher = None
     if wanted:
         assert handle is not None, "the pass asked for a teacher"
@@ -92,7 +94,8 @@ def _distill(
             causal=facts.is_causal_lm,
         )
     identity = _identity(model, handle if wanted else None, params, text, processes=order.processes, seed=context.seed)
-    material = Material(order, rows, held_out, _caches(params, identity, rows, held_out))
+    caches = _caches(params, identity, rows, held_out)
+    material = Material(order, rows, held_out, (labels, held_out_labels), caches)
     pupil = Pupil(
         _student(model, params),
         losses,
@@ -303,17 +306,18 @@ def _shared_tokens(
 
 
 def _known_rows(
-    rows: Sequence[Sequence[int]], ids: Tensor | None, result: PassResult, what: str
-) -> Sequence[Sequence[int]]:
-    """Return the rows that hold only tokens which the teacher knows."""
+    rows: Sequence[Sequence[int]], labels: Sequence[int] | None, ids: Tensor | None, result: PassResult, what: str
+) -> tuple[Sequence[Sequence[int]], Sequence[int] | None]:
+    """Return the rows that hold only tokens which the teacher knows, and their labels."""
     if ids is None:
-        return rows
-    known = [row for row in rows if bool((ids[torch.tensor(row)] >= 0).all())]
+        return rows, labels
+    places = [place for place, row in enumerate(rows) if bool((ids[torch.tensor(row)] >= 0).all())]
+    known = [rows[place] for place in places]
     if len(known) < len(rows):
         result.notes.append(
             f"left out {len(rows) - len(known)} of {len(rows)} {what}: the teacher lacks a token in them"
         )
-    return known
+    return known, None if labels is None else [labels[place] for place in places]
 
 
 def _check_rows(rows: Sequence[Sequence[int]], order: Order, text: TextRows) -> None:

@@ -62,12 +62,14 @@ class Material:
         order: rows, step by step.
         rows: the rows that `order` counts.
         held_out: further rows.
+        labels: of `rows` and of `held_out`, each None where rows have none.
         cache: the teacher's answers to `rows`, and to `held_out`; None where they are computed each time.
     """
 
     order: Order
     rows: Sequence[Sequence[int]]
     held_out: Sequence[Sequence[int]]
+    labels: tuple[Sequence[int] | None, Sequence[int] | None]
     cache: tuple[LogitCache, LogitCache] | None
 
 
@@ -145,7 +147,7 @@ class Loop:
         """Update the weights once and return the losses before that."""
         accelerator, order = self._accelerator, self._material.order
         names = tuple(self._settings.weights)
-        counts = Counts.of(self._material.rows, order.chosen(step))
+        counts = Counts.of(self._material.rows, order.chosen(step), self._material.labels[0])
         batches = order.batches(step)
         total = torch.zeros(len(names), device=accelerator.device)
         for index, batch in enumerate(batches):
@@ -171,7 +173,8 @@ class Loop:
         answers = {} if self._teacher is None else self._teacher.answer(batch, cache)
         device = self._accelerator.device
         ids, mask = batch.ids.to(device), batch.mask.to(device)
-        return self._pupil(ids, mask, answers, counts=counts, names=names, full=batch.full)
+        labels = None if batch.labels is None else batch.labels.to(device)
+        return self._pupil(ids, mask, answers, counts=counts, names=names, full=batch.full, labels=labels)
 
     def _note(self, progress: Progress, losses: list[float]) -> None:
         """Add a step's losses to the curve, whose points are means over several steps."""
@@ -211,7 +214,8 @@ class Loop:
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
         rows, size = self._material.held_out, self._batch_size
-        counts = Counts.of(rows, range(len(rows)))
+        labels = self._material.labels[1]
+        counts = Counts.of(rows, range(len(rows)), labels)
         total = torch.zeros(len(self._settings.measured), device=self._accelerator.device)
         starts = range(0, len(rows), size)
         rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
@@ -220,7 +224,7 @@ class Loop:
         for turn in range(-(-len(starts) // ranks)):
             place = turn * ranks + rank
             start = starts[place] if place < len(starts) else 0
-            batch = batch_of(rows, list(range(start, min(start + size, len(rows)))))
+            batch = batch_of(rows, list(range(start, min(start + size, len(rows)))), labels)
             losses = self._losses(batch, counts, self._settings.measured, held_out=True)
             total += losses * (place < len(starts))
         return dict(zip(self._settings.measured, self._sum(total).tolist(), strict=True))

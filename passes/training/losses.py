@@ -64,6 +64,19 @@ def next_token(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return (losses * mask[:, 1:].flatten()).sum()
 
 
+def answer_tokens(logits: Tensor, ids: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
+    """Return the summed cross-entropy of the tokens of every row's answer, nats; see `next_token`.
+
+    Args:
+        logits: (batch, sequence, vocabulary).
+        ids: (batch, sequence).
+        mask: (batch, sequence), 1 where a token is real.
+        starts: (batch,), the place of each answer's first token.
+    """
+    places = torch.arange(ids.shape[1], device=ids.device)
+    return next_token(logits, ids, mask * (places >= starts.unsqueeze(-1)))
+
+
 def state_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Return the summed squared error of the tokens' states, each over its teacher's mean square.
 

@@ -19,12 +19,14 @@ class Batch:
         ids: (batch, sequence) token ids, shorter rows filled with 0.
         mask: (batch, sequence) float32, 1 where a token is real.
         full: whether no row is shorter than another.
+        labels: (batch,) the numbers of their labels; None where rows have none.
     """
 
     rows: list[int]
     ids: Tensor
     mask: Tensor
     full: bool
+    labels: Tensor | None
 
 
 class Order:
@@ -37,14 +39,24 @@ class Order:
         processes: how many processes share a step.
         process: the number of this one.
         seed: of the shuffling.
+        labels: of the rows, None where they have none.
 
     Attributes:
         processes: as given.
     """
 
     def __init__(
-        self, rows: Sequence[Sequence[int]], *, at_once: int, parts: int, processes: int, process: int, seed: int
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        at_once: int,
+        parts: int,
+        processes: int,
+        process: int,
+        seed: int,
+        labels: Sequence[int] | None = None,
     ) -> None:
+        self._labels = labels
         self._rows, self._at_once, self._parts = rows, at_once, parts
         self.processes, self._process, self._seed = processes, process, seed
         self._permutation = lru_cache(2)(self._shuffled)
@@ -66,7 +78,7 @@ class Order:
         for part in range(self._parts):
             # A process's share lies beside the others' in each part: two processes of n rows do what one of 2n does.
             start = (part * self.processes + self._process) * self._at_once
-            made.append(batch_of(self._rows, chosen[start : start + self._at_once]))
+            made.append(batch_of(self._rows, chosen[start : start + self._at_once], self._labels))
         return made
 
     def _shuffled(self, epoch: int) -> list[int]:
@@ -74,15 +86,16 @@ class Order:
         return torch.randperm(len(self._rows), generator=generator).tolist()
 
 
-def batch_of(rows: Sequence[Sequence[int]], numbers: list[int]) -> Batch:
-    """Return the rows called `numbers` as one batch."""
+def batch_of(rows: Sequence[Sequence[int]], numbers: list[int], labels: Sequence[int] | None = None) -> Batch:
+    """Return the rows called `numbers` as one batch, with their labels where rows have some."""
     chosen = [rows[number] for number in numbers]
     longest = max(map(len, chosen))
     ids, mask = torch.zeros(len(chosen), longest, dtype=torch.long), torch.zeros(len(chosen), longest)
     for index, row in enumerate(chosen):
         ids[index, : len(row)] = torch.tensor(row)
         mask[index, : len(row)] = 1.0
-    return Batch(numbers, ids, mask, full=all(len(row) == longest for row in chosen))
+    own = None if labels is None else torch.tensor([labels[number] for number in numbers])
+    return Batch(numbers, ids, mask, full=all(len(row) == longest for row in chosen), labels=own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +106,17 @@ class Counts:
         tokens: real tokens.
         predicted: real tokens that have one before them.
         texts: rows.
+        answers: real tokens from that on which the row's label names; 0 where rows have none.
     """
 
     tokens: int
     predicted: int
     texts: int
+    answers: int
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]], numbers: Sequence[int]) -> Counts:
+    def of(cls, rows: Sequence[Sequence[int]], numbers: Sequence[int], labels: Sequence[int] | None = None) -> Counts:
         """Count the rows called `numbers`."""
         lengths = [len(rows[number]) for number in numbers]
-        return cls(sum(lengths), sum(lengths) - len(lengths), len(lengths))
+        answers = 0 if labels is None else sum(lengths) - sum(labels[number] for number in numbers)
+        return cls(sum(lengths), sum(lengths) - len(lengths), len(lengths), answers)

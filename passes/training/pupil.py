@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ...core.errors import UsageError
-from .losses import cosine_distance, divergence, next_token, of_logs, relation, state_error, with_rest
+from .losses import answer_tokens, cosine_distance, divergence, next_token, of_logs, relation, state_error, with_rest
 from .taps import Taps, blocks_of, matched
 from .teacher import PARTS, model_inputs, modules_to_watch
 
@@ -77,6 +78,7 @@ class Pupil(nn.Module):
         counts: Counts,
         names: tuple[str, ...],
         full: bool = False,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Return the losses called `names`, each divided by the units that `counts` has of it, (losses,) float32.
 
@@ -87,10 +89,13 @@ class Pupil(nn.Module):
             counts: of all rows that make up the step.
             names: of losses; `lm` may be asked for although it is not learnt from.
             full: whether nothing is padded.
+            labels: (batch,) classes, or places where answers begin; needed by the loss `labels`.
         """
         with self._taps.listening():
             made = self.student(**model_inputs(ids, mask, full=full and self._causal), return_dict=True)
         answers = {**answers, **{f"ours.{name}": seen for name, seen in self._taps.take().items()}}
+        if labels is not None:
+            answers = {**answers, "labels": labels}
         return torch.stack([self._loss(name, made, ids, mask, answers=answers, counts=counts) for name in names])
 
     def _loss(
@@ -100,6 +105,10 @@ class Pupil(nn.Module):
             return self._divergence(name, made.logits, mask, answers, counts)
         if name == "lm":
             return next_token(made.logits, ids, mask) / counts.predicted
+        if name == "labels" and self._causal:
+            return answer_tokens(made.logits, ids, mask, answers["labels"]) / counts.answers
+        if name == "labels":
+            return functional.cross_entropy(made.logits.float(), answers["labels"], reduction="sum") / counts.texts
         if name == "cosine":
             ours, theirs = made.sentence_embedding, answers["embedding"]
             if ours.shape != theirs.shape:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class _Masked:
-    """Takes from a gradient what would move a zero. Without it AdamW's moments, and its decay, are zero there too."""
+    """Takes from a gradient what would move a zero: AdamW's moments and its decay then leave it what it is."""
 
     def __init__(self, mask: Tensor) -> None:
         self._mask = mask

@@ -29,3 +29,14 @@ def test_refusals(llmopt, pipeline):
     ended = llmopt("distill", "tiny", "-o", "out", "--data", "a.txt", "--teacher", "large", "--steps", "0")
     assert (ended.code, "bad value for --steps" in ended.err) == (2, True)
     assert "run" not in pipeline
+
+
+def test_a_student_of_its_own(llmopt, pipeline):
+    """MODEL teaches then: the same recipe as with --teacher."""
+    assert llmopt("distill", "large", "-o", "out", "--student", "tiny", "--data", "a.txt").code == 0
+    named = pipeline["recipe"]
+    assert llmopt("distill", "tiny", "-o", "out", "--teacher", "large", "--data", "a.txt").code == 0
+    assert named == pipeline["recipe"]
+    assert named.model.id == "tiny"
+    ended = llmopt("distill", "a", "-o", "out", "--student", "b", "--teacher", "c", "--data", "a.txt")
+    assert (ended.code, "two teachers are named" in ended.err) == (2, True)

@@ -148,7 +148,7 @@ def test_shorter_rows_are_padded_and_not_counted():
     assert batch.ids.tolist() == [[0, 0, 0, 0, 0, 0], [3] * 6]
     assert batch.mask.tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
     assert not batch.full
-    assert Counts.of(ROWS, [0, 3]) == Counts(tokens=9, predicted=7, texts=2)
+    assert Counts.of(ROWS, [0, 3]) == Counts(tokens=9, predicted=7, texts=2, answers=0)
 
 
 def test_the_learning_rate_rises_and_falls():
