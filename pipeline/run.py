@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import UsageError
-from ..core.manifest import MANIFEST, RUN, ExportRecord, Manifest
-from ..core.passes import GraphPass, PassContext, PassResult
+from ..core.manifest import MANIFEST, RUN, ExportRecord, Manifest, PassRecord
+from ..core.passes import GraphPass, PassContext
 from ..core.plan import Plan
 from ..core.processes import is_main, left_alone, world_size
 from ..core.progress import Reporter, Silent
@@ -20,14 +21,14 @@ from ..models.onnx_file import GraphSource
 from .cache.figures import KeptFigures
 from .cache.kept import KeptSteps, keeping
 from .cache.keys import Keys
-from .cache.store import CacheSettings, open_store
+from .cache.store import CacheSettings, Store, open_store
 from .exporting import run_exports
 from .graph_reference import graph_reference
 from .manifest import keep_answers, manifest_of, pass_record, with_card, write_record
 from .materials import Start
 from .measuring.gating import check_test_data, run_gates
 from .output import readable, staging
-from .parity import make_reference
+from .parity import Reference, make_reference
 from .reads import paths_of
 from .record import Recorder
 from .source import Source, source_of
@@ -73,67 +74,90 @@ def run_plan(
         ExitStack() as behind,
     ):
         source = source_of(plan, reporter)
-        store = None if cache is None or world_size() > 1 else open_store(cache, reporter)
-        location, checkpoint, samples = source.location, source.checkpoint, source.samples
         if gates:
-            check_test_data(plan, location)
-        every = passes_of(plan.recipe)
-        passes = [one for one in every if not isinstance(one, GraphPass)]
+            check_test_data(plan, source.location)
+        passes = passes_of(plan.recipe)
         _check_processes(passes)
-        axes = {name: size for one in every if isinstance(one, GraphPass) for name, size in one.fixed_axes().items()}
-        held_out, rows = (samples.held_out, samples.rows) if samples else ([], [])
-        context = PassContext(
-            seed=plan.recipe.seed, reporter=reporter, statistics_bytes=plan.limits.statistics_bytes, rows=rows
-        )
-        results: list[PassResult] = []
-        if isinstance(checkpoint, GraphSource):
-            model = checkpoint
-            reference = graph_reference(model, held_out, plan.recipe.seed, axes)
-        else:
-            model = TorchModel.create(location, checkpoint, plan.facts, stage.work)
-            _warn_of_unused(model, reporter)
-            start = Start(location, checkpoint, plan.facts, plan.recipe.calibration, stage.work)
-            steps = KeptSteps(
-                store,
-                _keys(plan, source),
-                stage.work,
-                plan.recipe.model.id,
-                reporter,
-                spoiled=lambda: any(one.role != "evaluation" for one in source.reads.changed()),
-            )
-            behind.enter_context(keeping(steps))
-            model, results, context = run_passes(
-                model, passes, context, plan.limits, start=start, steps=steps, recorder=recorder
-            )
-            if not is_main():
-                records = [pass_record(one, result) for one, result in zip(passes, results, strict=False)]
-                return manifest_of(plan, source, records, [], {})
-            for result in results:
-                held_out = renumbered(held_out, result)
-            reference = make_reference(model, held_out, plan.recipe.seed, axes)
-        records = [pass_record(one, result) for one, result in zip(passes, results, strict=True)]
+        store = None if cache is None or world_size() > 1 else open_store(cache, reporter)
+        steps = behind.enter_context(keeping(_steps(plan, source, store, stage.work, reporter)))
+        done = _transform(plan, source, passes, steps=steps, work=stage.work, recorder=recorder, reporter=reporter)
+        if not is_main():
+            return manifest_of(plan, source, done.records, [], {})
+        reference = _reference(done, plan.recipe.seed, passes)
         exports = run_exports(
-            model,
-            every,
+            done.model,
+            passes,
             exporters_of(plan.recipe),
             reference=reference,
             stage=stage,
-            context=context,
+            context=done.context,
             recorder=recorder,
         )
         answers = keep_answers(reference, stage.root)
-        manifest = with_card(manifest_of(plan, source, records, exports, answers), stage.root)
+        manifest = with_card(manifest_of(plan, source, done.records, exports, answers), stage.root)
         write_record(manifest, stage.root / MANIFEST)
-        del model, reference
+        del done, reference
         if gates and not unverified(exports):
             kept = KeptFigures(store, source.reads, plan.recipe.model.id, reporter)
-            _measure_gates(plan, location, exports, stage.root, kept=kept, recorder=recorder)
+            _measure_gates(plan, source.location, exports, stage.root, kept=kept, recorder=recorder)
         write_record(recorder.finish(source.reads.records()), stage.root / RUN)
         readable(stage.root)
         source.reads.check()
         refuse(exports, recorder.gates, stage, output)
         stage.commit()
     return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """The model as the passes on its weights left it.
+
+    Attributes:
+        model: it.
+        records: what each pass did.
+        context: for the passes on graphs.
+        held_out: samples that no pass saw, in the ids that the model has now.
+    """
+
+    model: TorchModel | GraphSource
+    records: list[PassRecord]
+    context: PassContext
+    held_out: list[list[int]]
+
+
+def _transform(
+    plan: Plan,
+    source: Source,
+    passes: Sequence[AnyPass],
+    *,
+    steps: KeptSteps,
+    work: Path,
+    recorder: Recorder,
+    reporter: Reporter,
+) -> _Done:
+    """Run the passes on weights; of a process that only trains along, up to the one that is shared."""
+    held_out, rows = ([], []) if source.samples is None else (source.samples.held_out, source.samples.rows)
+    checkpoint, limits, seed = source.checkpoint, plan.limits, plan.recipe.seed
+    context = PassContext(seed=seed, reporter=reporter, statistics_bytes=limits.statistics_bytes, rows=rows)
+    if isinstance(checkpoint, GraphSource):
+        return _Done(checkpoint, [], context, held_out)
+    model = TorchModel.create(source.location, checkpoint, plan.facts, work)
+    _warn_of_unused(model, reporter)
+    start = Start(source.location, checkpoint, plan.facts, plan.recipe.calibration, work)
+    own = [one for one in passes if not isinstance(one, GraphPass)]
+    model, results, context = run_passes(model, own, context, limits, start=start, steps=steps, recorder=recorder)
+    for result in results:
+        held_out = renumbered(held_out, result)
+    records = [pass_record(one, result) for one, result in zip(own, results, strict=is_main())]
+    return _Done(model, records, context, held_out)
+
+
+def _reference(done: _Done, seed: int, passes: Sequence[AnyPass]) -> Reference:
+    """Return what the artifacts are compared with."""
+    axes = {name: size for one in passes if isinstance(one, GraphPass) for name, size in one.fixed_axes().items()}
+    if isinstance(done.model, GraphSource):
+        return graph_reference(done.model, done.held_out, seed, axes)
+    return make_reference(done.model, done.held_out, seed, axes)
 
 
 def _check_processes(passes: Sequence[AnyPass]) -> None:
@@ -167,11 +191,19 @@ def _warn_of_unused(model: TorchModel, reporter: Reporter) -> None:
         reporter.warn(f"{type(skeleton.model).__name__} does not use `{'`, `'.join(unused[:3])}`{more}")
 
 
-def _keys(plan: Plan, source: Source) -> Keys:
-    samples, calibration = source.samples, plan.recipe.calibration
+def _steps(plan: Plan, source: Source, store: Store | None, work: Path, reporter: Reporter) -> KeptSteps:
+    """Return what runs the steps of the recipe; nothing of them is kept once a file that they read has changed."""
+    samples, calibration, reads = source.samples, plan.recipe.calibration, source.reads
     data = None if samples is None or calibration is None else (samples.sha256, calibration.column)
     rows = [] if samples is None else samples.rows
-    return Keys(plan.recipe, source.location.task, source.reads, rows=rows, data=data, limits=plan.limits)
+    return KeptSteps(
+        store,
+        Keys(plan.recipe, source.location.task, reads, rows=rows, data=data, limits=plan.limits),
+        work,
+        plan.recipe.model.id,
+        reporter,
+        spoiled=lambda: any(one.role != "evaluation" for one in reads.changed()),
+    )
 
 
 def _measure_gates(
