@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
@@ -77,8 +78,9 @@ class TransformersSession(Session):
         self.model = adapted.get_base_model().eval()  # its layers are adapted in place
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model now, not at some later collection: layers that were packed refer to themselves."""
         self.model = None
+        gc.collect()
 
 
 def _silent() -> contextlib.AbstractContextManager[Any]:
