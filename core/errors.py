@@ -12,6 +12,9 @@ from difflib import get_close_matches
 from enum import IntEnum
 from pathlib import Path
 
+_LONGEST_LINE = 2000
+"""Characters of a line that is shown whole; a name out of somebody's file may have any number."""
+
 _DISK_FULL = ("no space left on device", "os error 28", "disk quota exceeded")
 
 
@@ -38,10 +41,10 @@ class LlmoptError(Exception):
     exit_code: ExitCode = ExitCode.FAILED
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
-        super().__init__(what)
-        self.what = what
-        self.where = where
-        self.hint = hint
+        self.what = _shown(what)
+        self.where = None if where is None else _shown(where)
+        self.hint = None if hint is None else _shown(hint)
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         """Render as the terminal shows it, without colour."""
@@ -55,6 +58,13 @@ class LlmoptError(Exception):
     def to_dict(self) -> dict[str, object]:
         """Render for `--json`."""
         return {"error": self.what, "where": self.where, "hint": self.hint, "exit_code": int(self.exit_code)}
+
+
+def _shown(text: str) -> str:
+    """Return a text with the middle of each line that is too long left out."""
+    half = _LONGEST_LINE // 2
+    lines = (f"{line[:half]}…{line[-half:]}" if len(line) > _LONGEST_LINE else line for line in text.split("\n"))
+    return "\n".join(lines)
 
 
 class UsageError(LlmoptError):

@@ -43,7 +43,7 @@ def load_recipe(path: Path) -> Recipe:
     except OSError as error:
         raise UsageError(f"cannot read the recipe `{path}`", where=error.strerror, hint=_WRITE_ONE) from None
     try:
-        loader: Any = yaml.SafeLoader(text)
+        loader = _loader(text)
         root = loader.get_single_node()
         _Nodes(str(path)).count(root, 0)
         _refuse_repeated(root, str(path))
@@ -52,6 +52,23 @@ def load_recipe(path: Path) -> Recipe:
         where = str(error).replace('"<unicode string>"', "the recipe")
         raise UsageError(f"`{path}` is not valid YAML", where=where[:2000], hint="mend the recipe there") from None
     return parse_recipe(raw, where=str(path))
+
+
+def _loader(text: str) -> Any:
+    """Return a safe loader of YAML that refuses brackets within brackets: each costs it as much as there are around."""
+    import yaml
+
+    loader: Any = yaml.SafeLoader(text)
+    begin = loader.fetch_flow_collection_start
+
+    def begin_shallow(token: Any) -> None:
+        if loader.flow_level >= _MAX_DEPTH:
+            problem = f"brackets are nested more than {_MAX_DEPTH} levels deep"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=loader.get_mark())
+        begin(token)
+
+    loader.fetch_flow_collection_start = begin_shallow
+    return loader
 
 
 def _text(path: Path) -> str:

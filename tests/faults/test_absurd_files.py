@@ -188,6 +188,7 @@ YAML = {
     "ring": "model: &a [*a]\n",
     "deep": "model: " + "[" * 5000,
     "deep-blocks": "- " * 50_000,
+    "long-name": "model: x\n" + "x" * 100_000 + ": 1",
     "huge": "model: x\n# " + "x" * 300_000,
     "many": "model: [" + "a," * 60_000 + "]",
     "digits": "seed: " + "9" * 5000,
@@ -204,7 +205,18 @@ def test_recipes_that_grow(tmp_path: Path, name: str):
 
     path = tmp_path / "recipe.yaml"
     path.write_text(YAML[name])
-    with memory_limit(1 << 28), time_limit(20), pytest.raises(LlmoptError):
+    with memory_limit(1 << 28), time_limit(20), pytest.raises(LlmoptError) as caught:
+        load_recipe(path)
+    assert len(str(caught.value)) < 5000
+
+
+def test_brackets_are_not_followed_to_their_end(tmp_path: Path):
+    """PyYAML looks at every open bracket for each one that opens: a thousand took it a second."""
+    from llmopt.pipeline.recipe import load_recipe
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(YAML["deep"])
+    with pytest.raises(LlmoptError, match="brackets are nested more than 32 levels deep"):
         load_recipe(path)
 
 
