@@ -14,6 +14,7 @@ from ...core.recipe import Recipe
 from ...evaluation.gates import Gate, Measured, judge
 from ...evaluation.metrics import METRICS, Group
 from ...models.locate import Location
+from ...models.speech import is_speech
 from ..artifact import Artifact
 from ..cache.figures import Figures, KeptFigures
 from .asking import ask, ask_one, comparable, measured, open_data
@@ -76,7 +77,7 @@ def _check_exports(gates: Sequence[Gate], recipe: Recipe) -> None:
 
 
 def _check_speed(gate: Gate, facts: ModelFacts) -> None:
-    if "vocab_size" not in facts.config or facts.model_type == "whisper":
+    if "vocab_size" not in facts.config or is_speech(facts.config):
         where = f"speed and memory are measured with text, `{facts.source}` is {facts.architecture}"
         raise UsageError(f"gate `{gate.text}` cannot be measured", where=where, hint="leave it out")
     if gate.name in (_COMPUTING if facts.is_causal_lm else _GENERATING):

@@ -25,6 +25,9 @@ LOGITS_PER_BATCH = 1 << 24
 
 SOURCE = "source_"
 
+MARGIN = 8
+"""Tokens generated beyond the longest answer, to see that it ends there."""
+
 
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
