@@ -21,6 +21,7 @@ class Transcribe(Task):
     """How many words a model gets wrong of what is said in WAV files; their paths are those from the data's folder."""
 
     name = "transcribe"
+    settings = frozenset({"max_new_tokens"})
     title = "speech to text"
     roles = (
         Role("audio", ("audio", "path", "file", "wav", "sound", "file_name", "filename")),

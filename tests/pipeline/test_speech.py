@@ -142,6 +142,6 @@ def test_a_gate_limits_the_word_error_rate(whisper, tmp_path):
     source, _, data = whisper
     spec = EvaluationSpec(data=str(data), max_new_tokens=4)
     made = recipe(source, export=("onnx", {}))
-    build(with_fields(made, gates=("word_error_rate_increase<=20%",), evaluation=spec), tmp_path / "out")
+    build(with_fields(made, gates=("word_error_rate_increase<=20%",), evaluation=(spec,)), tmp_path / "out")
     (gate,) = json.loads((tmp_path / "out" / RUN).read_text())["gates"]
     assert (gate["verdict"], gate["value"]) == ("passed", 0)
