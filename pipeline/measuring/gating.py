@@ -191,7 +191,7 @@ class _Run:
         options = data.options
         assert options.data is not None
         read = self._kept.reads.digest("evaluation", options.data)
-        if read is None:  # a data set of the hub may change
+        if read is None or data.task.beside:  # a data set of the hub may change, and so may files that data name
             return self._measured(own, data, names)
         depends_on = {
             "artifact": {name: file.sha256 for name, file in export.files.items()},

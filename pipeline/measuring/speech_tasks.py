@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ...calibration.fields import Role, Row
@@ -22,6 +21,7 @@ class Transcribe(Task):
 
     name = "transcribe"
     settings = frozenset({"max_new_tokens"})
+    beside = True
     title = "speech to text"
     roles = (
         Role("audio", ("audio", "path", "file", "wav", "sound", "file_name", "filename")),
@@ -75,7 +75,7 @@ class Transcribe(Task):
 
     def shown(self, index: int) -> dict[str, Any]:
         """Return the sound's path."""
-        return {"audio": str(Path(self.sounds[index]))}
+        return {"audio": str(self.sounds[index])}
 
 
 def _words(row: Row) -> str:
