@@ -32,6 +32,12 @@ whose first line holds a number has no header: its columns are taken in the orde
 was found of each sample. `--task lm-eval:NAME` runs a task of lm-evaluation-harness where the package `lm_eval` is
 installed.
 
+`transcribe` reads WAV files of 16 bits, at the sampling rate that the model hears and no longer than it hears at once;
+paths are relative to the data's file. Whisper writes the likeliest token after each other, in the likeliest language,
+without times; in ONNX Runtime the whole graph runs again for each token. `word_error_rate` counts words
+replaced, left out and added over the words expected, all samples together. Words are compared as they are written, case
+and punctuation included.
+
 Intervals come from a bootstrap over samples, with a fixed seed: windows of running text, questions, pairs, queries.
 What compares with the source is drawn in pairs.
 """

@@ -27,8 +27,8 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="perplexity, multiple-choice, generate, classify, similarity, retrieval, or lm-eval:NAME for a task "
-            "of lm-evaluation-harness. [default: what fits the model and the columns]",
+            help="perplexity, multiple-choice, generate, transcribe, classify, similarity, retrieval, or lm-eval:NAME "
+            "for a task of lm-evaluation-harness. [default: what fits the model and the columns]",
         ),
     ] = None,
     column: Annotated[

@@ -173,6 +173,8 @@ class GraphExporter(Exporter[P]):
     """A format that holds an ONNX graph. Between its steps the passes run that work on graphs."""
 
     engine: ClassVar[Engine]
+    late: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that the graph does not depend on before it is saved."""
 
     def default_passes(self) -> tuple[str, ...]:
         """Return the graph passes to run where the recipe names none."""

@@ -251,11 +251,13 @@ class GraphPass(Pass[P]):
     Attributes:
         rounds: whether it rounds weights. Codes that earlier passes gave them are put into the graph before that.
         reads_attention: whether it looks for attention, which in a graph that we did not trace must be found first.
+        tries_samples: whether it looks at calibration samples where there are some, and works without.
     """
 
     accepts: ClassVar[Literal["torch", "onnx"]] = "onnx"
     rounds: ClassVar[bool] = False
     reads_attention: ClassVar[bool] = False
+    tries_samples: ClassVar[bool] = False
 
     def run(self, model: GraphModel, context: PassContext) -> PassResult:
         """Change the graph in place and return what was done."""

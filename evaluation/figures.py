@@ -67,6 +67,26 @@ def _dcg(gains: Sequence[float]) -> float:
     return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains))
 
 
+def word_errors(expected: Sequence[str], written: str) -> tuple[int, int]:
+    """Return how many words must be replaced, left out or put in to make an expected text, and how many it has.
+
+    One over the other is the word error rate. Of several expected texts the nearest counts. Words are what white space
+    divides; case and punctuation count.
+    """
+    found = [(_edits(text.split(), written.split()), len(text.split())) for text in expected]
+    return min(found, key=lambda one: one[0] / max(1, one[1]))
+
+
+def _edits(wanted: Sequence[str], got: Sequence[str]) -> int:
+    """Return the distance of two sequences (Levenshtein 1966), row by row."""
+    row = list(range(len(got) + 1))
+    for place, word in enumerate(wanted, 1):
+        corner, row[0] = row[0], place
+        for at, other in enumerate(got, 1):
+            corner, row[at] = row[at], min(row[at] + 1, row[at - 1] + 1, corner + (word != other))
+    return row[-1]
+
+
 def tidy(text: str) -> str:
     """Return a text as answers are compared: without white space at its ends, and one space for any within."""
     return " ".join(text.split())

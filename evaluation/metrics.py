@@ -66,8 +66,12 @@ def _spearman(prefix: str) -> Statistic:
     return lambda columns: spearman(columns["score"], columns[f"{prefix}similarity"])
 
 
-def _drop(source: Statistic, own: Statistic) -> Statistic:
-    return lambda columns: source(columns) - own(columns)
+def _word_error_rate(prefix: str) -> Statistic:
+    return lambda columns: float(columns[f"{prefix}word_edits"].sum() / columns[f"{prefix}words"].sum())
+
+
+def _drop(higher: Statistic, lower: Statistic) -> Statistic:
+    return lambda columns: higher(columns) - lower(columns)
 
 
 def _share(name: str, about: str, column: str, *tasks: str, units: str | None = "") -> dict[str, Metric]:
@@ -106,6 +110,8 @@ def _speed(name: str, about: str, unit: Unit) -> dict[str, Metric]:
     }
 
 
+_WRITING = ("generate", "transcribe")
+
 METRICS: dict[str, Metric] = {
     "perplexity": Metric("perplexity of the text", "", "<=", "quality", ("perplexity",), statistic=_perplexity("")),
     "perplexity_increase": Metric(
@@ -139,6 +145,25 @@ METRICS: dict[str, Metric] = {
     **_share("accuracy", "accuracy", "correct", "multiple-choice", "classify"),
     **_share("accuracy_normalized", "accuracy by likelihood per byte", "correct_normalized", "multiple-choice"),
     **_share("exact_match", "share of answers that match exactly", "exact", "generate"),
+    "word_error_rate": Metric(
+        "words replaced, left out or added, over those expected",
+        "ratio",
+        "<=",
+        "quality",
+        _WRITING,
+        statistic=_word_error_rate(""),
+        units="words",
+    ),
+    "word_error_rate_increase": Metric(
+        "the artifact's word error rate less the source's, in points",
+        "points",
+        "<=",
+        "quality",
+        _WRITING,
+        source=True,
+        statistic=_drop(_word_error_rate(""), _word_error_rate("source_")),
+        units="words",
+    ),
     **_with_drop("f1_macro", "mean F1 of the classes", _f1(""), _f1("source_"), "classify"),
     "label_agreement": Metric(
         "samples to which the source gives the same answer",

@@ -64,6 +64,7 @@ class Onnx(GraphExporter[OnnxParams]):
     name: ClassVar[str] = "onnx"
     runtime: ClassVar[str] = "onnxruntime"
     engine: ClassVar[Engine] = "onnxruntime"
+    late: ClassVar[frozenset[str]] = frozenset({"fuse"})  # which passes run decides what it is about
     Params: ClassVar[type[Params]] = OnnxParams
 
     def check(self, facts: ModelFacts, grid: Grid | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -51,6 +51,7 @@ class OpenVino(GraphExporter[OpenVinoParams]):
     name: ClassVar[str] = "openvino"
     runtime: ClassVar[str] = "openvino"
     engine: ClassVar[Engine] = "openvino"
+    late: ClassVar[frozenset[str]] = frozenset({"dtype"})
     Params: ClassVar[type[Params]] = OpenVinoParams
 
     def check(self, facts: ModelFacts, grid: Grid | None) -> None:
@@ -99,6 +100,7 @@ class OpenVino(GraphExporter[OpenVinoParams]):
                     converted = openvino.Core().read_model(folder / GRAPH)
                 except RuntimeError as error:
                     raise LlmoptError("OpenVINO does not take the graph", where=str(error).strip()[-600:]) from error
+                _name_operations(converted)
                 converted.set_rt_info({"float32": "f32", "bfloat16": "bf16"}[self.params.dtype], list(PRECISION))
                 openvino.save_model(converted, directory / MODEL, compress_to_fp16=False)
         model.save_side_files(directory)
@@ -112,6 +114,14 @@ class OpenVino(GraphExporter[OpenVinoParams]):
         """
         del model
         return set(rounded) <= set(_digests(directory / MODEL)) if rounded else None
+
+
+def _name_operations(model: Any) -> None:
+    """Name every operation but the inputs by its place: OpenVINO counts through all that a process has made."""
+    for number, operation in enumerate(model.get_ordered_ops()):
+        kind = operation.get_type_name()
+        if kind != "Parameter":
+            operation.set_friendly_name(f"{kind}_{number}")
 
 
 def _digests(path: Path) -> Iterator[str]:

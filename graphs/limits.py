@@ -12,6 +12,8 @@ import mmap
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +34,11 @@ _MAX_TYPES = 12
 _INT64 = 7
 _WEIGHTS = frozenset({4, 5, 9, 10})
 """Fields of a TensorProto that hold numbers as a library keeps them."""
+
+_STRING = 8
+_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16}
+_BITS |= dict.fromkeys((17, 18, 19, 20, 24), 8) | dict.fromkeys((21, 22, 23), 4) | dict.fromkeys((25, 26), 2)
+"""What an element takes in raw data, by the number of its type."""
 
 
 class _Field(NamedTuple):
@@ -72,6 +79,35 @@ def _walk(path: Path) -> None:
         raise _Refused("it is empty")
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         _Walk(data).model()
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a TensorProto holds: elements by its shape, bytes of raw data and of other numbers, or none of both."""
+
+    elements: int = 1
+    raw: int | None = None
+    others: int = 0
+    outside: bool = False
+
+    def add(self, field: _Field) -> None:
+        """Look at a field: 4, 5, 6, 7, 10, 11 numbers, 9 raw data, 14 whether all that lies outside the file."""
+        if field.number == 9:
+            self.raw = field.stop - field.start
+        elif field.number in {4, 5, 6, 7, 10, 11}:
+            self.others += max(1, field.stop - field.start)
+        elif field.number == 14:
+            self.outside = field.value == 1
+
+    def check(self, name: str, kind: int) -> None:
+        """Refuse a shape that says something else than the numbers, which outside raw data take half a byte or more."""
+        if self.outside or kind == _STRING:
+            return
+        exact = None if self.raw is None or kind not in _BITS else (self.elements * _BITS[kind] + 7) // 8
+        if (exact is not None and exact != self.raw) or (self.raw is None and self.elements > 2 * self.others):
+            given = self.others if self.raw is None else self.raw
+            count = min(self.elements, 1 << 64)  # Python prints no number of thousands of digits
+            raise _Refused(f"tensor `{name[:100]}` has {count} elements by its shape, and {given} bytes of them")
 
 
 class _Walk:
@@ -228,14 +264,18 @@ class _Walk:
     def _tensor(self, tensor: _Field) -> tuple[str, int | None]:
         """Return name and value of a TensorProto, the value if it is one whole number.
 
-        1 dims, 2 type, 7 int64, 8 name, 9 raw data, 13 external data, 16 metadata.
+        1 dims, 2 type, 7 int64, 8 name, 9 raw data, 13 external data, 14 whether the data lie outside, 16 metadata.
         """
         dimensions, name, kind, values = 0, "", 0, list[int]()
+        held = _Held()
         for field in self._fields(tensor.start, tensor.stop):
             self._count(field, messages={13, 16}, weights=_WEIGHTS)
             size = field.stop - field.start
+            held.add(field)
             if field.number == 1:
                 dimensions += max(1, size)
+                if dimensions <= 10 * _MAX_DIMENSIONS:
+                    held.elements *= prod(self._varints(field))
             elif field.number == 2:
                 kind = field.value
             elif field.number == 8:
@@ -246,7 +286,17 @@ class _Walk:
                 values.append(_signed(self._varint(field.start, field.stop)[0] if size else field.value))
         if dimensions > 10 * _MAX_DIMENSIONS:  # a varint takes up to ten bytes
             raise _Refused(f"tensor `{name[:100]}` has more than {_MAX_DIMENSIONS} dimensions")
+        held.check(name, kind)
         return name, values[0] if kind == _INT64 and len(values) == 1 else None
+
+    def _varints(self, field: _Field) -> Iterator[int]:
+        """Yield the numbers of a field that holds one, or several one after another."""
+        if field.start == field.stop:
+            yield field.value
+        at = field.start
+        while at < field.stop:
+            value, at = self._varint(at, field.stop)
+            yield value
 
     def _sparse(self, tensor: _Field) -> None:
         """Look at a SparseTensorProto: 1 values, 2 indices, both tensors."""

@@ -15,6 +15,7 @@ from ..core.digests import Digest, file_sha256, files_sha256
 from ..core.errors import LlmoptError
 from ..core.facts import ModelFacts
 from ..core.untrusted import is_inner_path, lies_in
+from ..graphs.extents import check_extents
 from ..graphs.limits import check_graph_file
 from .locate import Location, read_config
 from .outline import has_tokenizer
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 _AGAIN = "fetch or export the graph again"
 _MAX_DIMENSIONS = 64
 _MAX_ELEMENTS = 1 << 48
-_SMALL = 1024
-"""Constants of up to so many elements are read with the graph."""
-
 _DTYPES = {"FLOAT": "float32", "DOUBLE": "float64"}
 _KNOWN = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
@@ -86,6 +84,8 @@ def open_graph(path: Path) -> ir.Model:
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
 
+    from ..graphs.stored import read_small
+
     check_graph_file(path)
     try:
         model = ir.load(path)
@@ -99,10 +99,8 @@ def open_graph(path: Path) -> ir.Model:
         _check_size(path, tensor)
         _check_external(path, tensor)
     for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
-        tensor = value.const_value
-        _check_inner(path, tensor)
-        if isinstance(tensor, ir.ExternalTensor) and tensor.size <= _SMALL:  # shapes are worked out from such
-            value.const_value = ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=value.name)
+        _check_inner(path, value.const_value)
+    read_small(model)
     return model
 
 
@@ -144,6 +142,7 @@ def graph_outline(location: Location) -> ModelFacts:
     """Return what the graph and the config.json beside it tell."""
     assert location.graph is not None
     model = open_graph(location.graph)
+    check_extents(location.graph)
     dtypes: Counter[str] = Counter()
     parameters = 0
     for graph in model.graphs():

@@ -47,6 +47,7 @@ class CastFp16(GraphPass[CastFp16Params]):
     not_after: ClassVar[frozenset[str]] = frozenset(
         {"cast-fp16", "quantize-dynamic", "quantize-static", "quantize-weights"}
     )
+    tries_samples: ClassVar[bool] = True
     Params: ClassVar[type[Params]] = CastFp16Params
 
     def drop(self) -> float:

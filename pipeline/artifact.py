@@ -13,6 +13,8 @@ from ..core.manifest import MANIFEST, RUN, ExportRecord, Manifest, RunRecord
 from ..core.recipe import ModelSpec
 from ..core.runtime import Runtime, Session
 from ..core.untrusted import UnreadableError, is_inner_path, read_json
+from ..graphs.extents import check_extents
+from ..graphs.limits import check_graph_file
 from ..models.locate import locate, looks_like_hub_id, near_folder
 from ..runtimes import RUNTIMES
 
@@ -83,10 +85,14 @@ def open_artifact(path: str) -> Artifact:
 
     Raises:
         UsageError: there is none, or it holds several exports and one must be chosen.
+        LlmoptError: its graph is damaged, or would take far more time or memory than a model does.
     """
     if looks_like_hub_id(path) and "/" in path and not Path(path).expanduser().exists():
         return Artifact(locate(ModelSpec(id=path)).folder, None, None, None)
     folder = existing_folder(path)
+    for graph in sorted(folder.glob("*.onnx")):
+        check_graph_file(graph)
+        check_extents(graph)
     for root in (folder, folder.resolve().parent):
         manifest = read_manifest(root)
         if manifest is None:

@@ -14,6 +14,7 @@ from typing import Any
 from ..core.errors import LlmoptError
 from ..core.runtime import Session
 from ..models.locate import read_config
+from ..models.speech import is_speech
 from ..runtimes import RUNTIMES
 from .artifact import opened_whole
 from .texts import Encoded, side_by_side
@@ -73,7 +74,7 @@ def _generate(session: Session, prompt: list[int], new_tokens: int) -> dict[str,
 
 def _made_up(config: dict[str, Any], prompt: list[int]) -> list[list[Encoded]]:
     """Return one batch of made-up texts of one length."""
-    if "vocab_size" not in config or config.get("model_type") == "whisper":
+    if "vocab_size" not in config or is_speech(config):
         raise LlmoptError("bench measures models that take text", where=f"model_type {config.get('model_type')}")
     row = prompt[: int(config.get("max_position_embeddings", len(prompt) + 2)) - 2]
     return [[Encoded(row)] * _BATCH]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ..core.exports import ExportContext, ExportResult, GraphExporter
+from ..core.exports import ExportContext, GraphExporter
 from ..core.manifest import ExportRecord
-from ..core.passes import GraphPass, PassContext, PassResult
+from ..core.passes import PassContext
 from ..models.handle import TorchModel
 from ..models.onnx_file import GraphSource
 from .adapted import compare_adapted
 from .background import in_background
+from .cache.graphs import KeptGraphs
 from .lowering import export_graph, graph_passes
 from .manifest import pass_record
 from .output import Staging, file_records
@@ -34,6 +34,7 @@ def run_exports(
     stage: Staging,
     context: PassContext,
     recorder: Recorder,
+    kept: Callable[[GraphExporter[Any], Sequence[AnyPass]], KeptGraphs],
 ) -> list[ExportRecord]:
     """Write every export, with the passes on its graph, and compare what its runtime opens with the reference.
 
@@ -45,14 +46,23 @@ def run_exports(
         stage: where they are written.
         context: for passes and exporters.
         recorder: takes down what each step takes.
+        kept: gives what earlier runs made of an export's graph.
     """
     reporter = context.reporter
     records: list[ExportRecord] = []
     for exporter in exporters:
         directory = stage.root / exporter.name if len(exporters) > 1 else stage.root
         directory.mkdir(exist_ok=True)
-        with recorder.step(f"export {exporter.name}"):
-            result, done = _write(exporter, model, passes, directory, context)
+        with recorder.step(f"export {exporter.name}") as record:
+            if isinstance(exporter, GraphExporter):
+                applied = graph_passes(exporter, passes, traced=isinstance(model, TorchModel))
+                graphs = kept(exporter, applied)
+                result, lowered = export_graph(exporter, model, applied, directory, context=context, kept=graphs)
+                record.seconds_saved, record.cached = lowered.seconds_saved, lowered.cached
+                done = list(zip(applied, lowered.results, strict=True))
+            else:
+                assert isinstance(model, TorchModel)  # the plan refuses others
+                result, done = exporter.export(model, directory, ExportContext(reporter=reporter)), []
         for name, notes in [*((one.name, made.notes) for one, made in done), (exporter.name, result.notes)]:
             for note in notes:
                 reporter.note(f"{name}: {note}")
@@ -76,19 +86,3 @@ def run_exports(
             )
         )
     return records
-
-
-def _write(
-    exporter: AnyExporter,
-    model: TorchModel | GraphSource,
-    passes: Sequence[AnyPass],
-    directory: Path,
-    context: PassContext,
-) -> tuple[ExportResult, list[tuple[GraphPass[Any], PassResult]]]:
-    """Write one export; return what it made, and the passes on its graph with what each did."""
-    if isinstance(exporter, GraphExporter):
-        applied = graph_passes(exporter, passes, traced=isinstance(model, TorchModel))
-        result, results = export_graph(exporter, model, applied, directory, rows=context.rows, context=context)
-        return result, list(zip(applied, results, strict=True))
-    assert isinstance(model, TorchModel)  # the plan refuses others
-    return exporter.export(model, directory, ExportContext(reporter=context.reporter)), []

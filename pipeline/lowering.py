@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,12 +11,14 @@ import numpy as np
 
 from ..core.exports import ExportableModel, ExportResult, GraphExporter
 from ..core.graph import GraphModel
-from ..core.passes import GraphPass, PassContext, PassResult
+from ..core.passes import GraphPass, PassContext
 from ..graphs.nodes import size
 from ..models.handle import TorchModel
 from ..models.onnx_file import GraphSource
 from ..models.text import batches
 from ..passes import PASSES
+from .cache.graphs import KeptGraphs, Lowered
+from .cache.keys import uses_samples
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,9 +48,9 @@ def export_graph(
     passes: Sequence[AnyGraphPass],
     directory: Path,
     *,
-    rows: Sequence[Sequence[int]],
     context: PassContext,
-) -> tuple[ExportResult, list[PassResult]]:
+    kept: KeptGraphs,
+) -> tuple[ExportResult, Lowered]:
     """Trace, or read the graph where the model is one, run the passes, and write.
 
     Args:
@@ -55,28 +58,53 @@ def export_graph(
         model: the model as the torch passes left it.
         passes: those that work on the graph.
         directory: where to write.
-        rows: token ids of the calibration samples.
-        context: for the passes.
+        context: for the passes, with the calibration samples.
+        kept: what earlier runs made of the graph.
     """
-    results: list[PassResult] = []
-    title = "reading the graph" if isinstance(model, GraphSource) else "tracing to ONNX"
+    source = isinstance(model, GraphSource)
+    title = "reading the graph" if source else "tracing to ONNX"
     with context.reporter.step(title, 1 + len(passes) + 1) as step:
-        graph = _read(model, passes) if isinstance(model, GraphSource) else exporter.trace(model)
-        step.advance(detail="traced" if isinstance(model, TorchModel) else "read")
-        feeds = _feeds(graph, rows, decoder=model.facts.is_encoder_decoder)
-        state = GraphModel(graph=graph, facts=model.facts, engine=exporter.engine, feeds=feeds)
-        notes: list[str] | None = None
-        for one in passes:
-            if one.rounds and notes is None and isinstance(model, TorchModel):
-                notes = exporter.carry_codes(state.graph, model)
-            results.append(one.run(state, context))
+        lowered = kept.latest()
+        if lowered is None:
+            lowered = Lowered(_read(model, passes) if source else exporter.trace(model))
+            kept.offer(lowered)
+        done = len(lowered.results)
+        step.advance(1 + done, detail=passes[done - 1].name if done else "read" if source else "traced")
+        for one in passes[done:]:
+            if one.rounds:
+                _carry_codes(exporter, model, lowered)
+            _run(one, model, exporter, lowered, context)
+            kept.offer(lowered)
             step.advance(detail=one.name)
-        if notes is None:
-            notes = exporter.carry_codes(state.graph, model) if isinstance(model, TorchModel) else []
+        notes = _carry_codes(exporter, model, lowered)
         # Of a graph's source, saving asks for facts and side files alone.
-        notes += exporter.save(state.graph, cast("ExportableModel", model), directory)
+        notes += exporter.save(lowered.graph, cast("ExportableModel", model), directory)
         step.advance(detail="saved")
-    return ExportResult(notes, frozenset(state.rounded)), results
+    return ExportResult(notes, frozenset(lowered.rounded)), lowered
+
+
+def _run(
+    one: AnyGraphPass,
+    model: TorchModel | GraphSource,
+    exporter: GraphExporter[Any],
+    lowered: Lowered,
+    context: PassContext,
+) -> None:
+    """Run a pass, which sees calibration samples only if its key in the cache holds them."""
+    shown = context if uses_samples(one) else replace(context, rows=())
+    feeds = _feeds(lowered.graph, shown.rows, decoder=model.facts.is_encoder_decoder)
+    # A graph counts the names that it makes up: in a new one they follow from what is there, as in one that was kept.
+    state = GraphModel(lowered.graph.clone(), model.facts, exporter.engine, feeds, lowered.rounded)
+    result = one.run(state, shown)
+    lowered.results.append(result)
+    lowered.graph, lowered.cached = state.graph, False
+
+
+def _carry_codes(exporter: GraphExporter[Any], model: TorchModel | GraphSource, lowered: Lowered) -> list[str]:
+    """Put the codes of quantized layers into the graph, once, and return notes for the user."""
+    if lowered.notes is None:
+        lowered.notes = [] if isinstance(model, GraphSource) else exporter.carry_codes(lowered.graph, model)
+    return lowered.notes
 
 
 def _read(source: GraphSource, passes: Sequence[AnyGraphPass]) -> ir.Model:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..core.errors import UsageError
@@ -19,9 +20,11 @@ from ..models.handle import TorchModel
 from ..models.locate import Location
 from ..models.onnx_file import GraphSource
 from .cache.figures import KeptFigures
-from .cache.kept import KeptSteps, keeping
+from .cache.graphs import KeptGraphs
+from .cache.held import Held, holding
+from .cache.kept import KeptSteps
 from .cache.keys import Keys
-from .cache.store import CacheSettings, Store, open_store
+from .cache.store import CacheSettings, open_store
 from .exporting import run_exports
 from .graph_reference import graph_reference
 from .manifest import keep_answers, manifest_of, pass_record, with_card, write_record
@@ -79,7 +82,9 @@ def run_plan(
         passes = passes_of(plan.recipe)
         _check_processes(passes)
         store = None if cache is None or world_size() > 1 else open_store(cache, reporter)
-        steps = behind.enter_context(keeping(_steps(plan, source, store, stage.work, reporter)))
+        held = behind.enter_context(holding(Held(store, plan.recipe.model.id, reporter, spoiled=source.spoiled)))
+        keys = _keys(plan, source)
+        steps = KeptSteps(held, keys, stage.work)
         done = _transform(plan, source, passes, steps=steps, work=stage.work, recorder=recorder, reporter=reporter)
         if not is_main():
             return manifest_of(plan, source, done.records, [], {})
@@ -92,6 +97,7 @@ def run_plan(
             stage=stage,
             context=done.context,
             recorder=recorder,
+            kept=partial(KeptGraphs, held, keys),
         )
         answers = keep_answers(reference, stage.root)
         manifest = with_card(manifest_of(plan, source, done.records, exports, answers), stage.root)
@@ -191,19 +197,11 @@ def _warn_of_unused(model: TorchModel, reporter: Reporter) -> None:
         reporter.warn(f"{type(skeleton.model).__name__} does not use `{'`, `'.join(unused[:3])}`{more}")
 
 
-def _steps(plan: Plan, source: Source, store: Store | None, work: Path, reporter: Reporter) -> KeptSteps:
-    """Return what runs the steps of the recipe; nothing of them is kept once a file that they read has changed."""
+def _keys(plan: Plan, source: Source) -> Keys:
     samples, calibration, reads = source.samples, plan.recipe.calibration, source.reads
     data = None if samples is None or calibration is None else (samples.sha256, calibration.column)
     rows = [] if samples is None else samples.rows
-    return KeptSteps(
-        store,
-        Keys(plan.recipe, source.location.task, reads, rows=rows, data=data, limits=plan.limits),
-        work,
-        plan.recipe.model.id,
-        reporter,
-        spoiled=lambda: any(one.role != "evaluation" for one in reads.changed()),
-    )
+    return Keys(plan.recipe, source.location.task, reads, rows=rows, data=data, limits=plan.limits)
 
 
 def _measure_gates(

@@ -35,6 +35,10 @@ class Source:
         """Return the hash of the checkpoint, once it is computed."""
         return self.checkpoint.sha256(self.reads.sha256)
 
+    def spoiled(self) -> bool:
+        """Return whether a file that decides what passes make looks different now."""
+        return any(one.role != "evaluation" for one in self.reads.changed())
+
 
 def source_of(plan: Plan, reporter: Reporter) -> Source:
     """Open the model and read the calibration samples, watching every file that the plan reads from now on.

@@ -327,7 +327,9 @@ def _time(entry: ArtifactEntry) -> Markup:
     most = max((step.seconds for step in run.steps), default=0.0)
     rows: list[Sequence[Child]] = []
     for step in run.steps:
-        notes = [f"from the cache, {seconds(step.seconds_saved)} saved"] if step.cached else []
+        notes: list[str] = []
+        if step.seconds_saved:
+            notes.append(f"{'' if step.cached else 'partly '}from the cache, {seconds(step.seconds_saved)} saved")
         if step.blocks_resumed:
             notes.append(f"{counted(step.blocks_resumed, 'block')} of an earlier run taken over")
         time = bar(seconds(step.seconds), step.seconds, most)

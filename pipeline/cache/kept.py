@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,16 +13,15 @@ from ...core.errors import is_disk_full
 from ...core.manifest import FileRecord
 from ...core.numbers import seconds, size
 from ...core.passes import BlockPass, PassResult
-from ...core.progress import Reporter
 from ...models.handle import TorchModel
 from ...models.saved import SavedModel, restore, save
-from ..background import in_background
 from ..output import file_record
 from ..steps import AnyPass
 from .blocks_done import ENDING, BlocksDone
+from .held import Held
 from .keys import Keys
-from .sealed import pack, unpack
-from .store import FORMAT, Entry, Index, Store
+from .sealed import unpack
+from .store import Entry, Index
 
 CHECKPOINTS = "checkpoints"
 """The folder in an entry where a pass that learns leaves its checkpoints."""
@@ -67,31 +64,13 @@ class KeptSteps:
     """Runs the steps of a recipe in their order.
 
     Args:
-        store: where results are kept; None keeps them for this run alone.
+        held: where results are kept; without a store they are kept for this run alone.
         keys: of the steps.
         scratch: a folder that vanishes with the run.
-        model: what the recipe named, for those who look at the store.
-        reporter: is told what was taken from the store.
-        spoiled: tells whether what the keys stand for has changed meanwhile; then nothing of this run is kept.
     """
 
-    def __init__(
-        self,
-        store: Store | None,
-        keys: Keys,
-        scratch: Path,
-        model: str,
-        reporter: Reporter,
-        *,
-        spoiled: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._store, self._keys, self._scratch, self._model, self._reporter = store, keys, scratch, model, reporter
-        self._limit = 0 if store is None else store.limit()
-        self._spoiled = spoiled
-        self._entries: list[Entry] = []
-        self._built: list[Entry] = []
-        self._unfinished: list[Entry] = []
-        self._finishing: list[Callable[[], None]] = []
+    def __init__(self, held: Held, keys: Keys, scratch: Path) -> None:
+        self._held, self._keys, self._scratch, self._reporter = held, keys, scratch, held.reporter
         self._steps = 0
 
     def make(self, group: Sequence[AnyPass], later: Sequence[AnyPass], model: TorchModel, work: Work) -> Made:
@@ -114,44 +93,23 @@ class KeptSteps:
             return made
         return self._build(entry, title, group, model, work)
 
-    def close(self, *, wait: bool = True) -> None:
-        """Give the entries back, once what was made is written down."""
-        try:
-            for finish in self._finishing if wait else ():
-                self._carefully(finish)
-        finally:
-            spoiled = self._built if self._built and self._spoiled() else []
-            for entry in self._entries:
-                if entry not in spoiled:
-                    entry.close()
-            for entry in [*self._unfinished, *spoiled]:
-                entry.remove()
-        if wait and self._store is not None and self._entries:
-            self._store.prune(self._store.limit())
-
     def _entry(self, group: Sequence[AnyPass], later: Sequence[AnyPass], title: str, model: TorchModel) -> Entry | None:
         """Return the step's entry, None where it is not to be kept."""
-        if self._store is None:
+        if self._held.store is None:
             return None
         key = self._keys.next(group, later)
         if key is None:
             self._reporter.note(f"{title}: not kept in the cache, for it reads a data set of the hub, which may change")
-            self._store = None
+            self._held.store = None
             return None
         expected = _expected_bytes(group, model)
-        if expected > self._limit:
+        if expected > self._held.limit:
             self._reporter.note(
-                f"{title}: not kept in the cache, for its {size(expected)} are more than the {size(self._limit)} "
+                f"{title}: not kept in the cache, for its {size(expected)} are more than the {size(self._held.limit)} "
                 "that all may take (LLMOPT_CACHE_SIZE)"
             )
             return None
-        try:
-            entry = self._store.take(key, title, self._reporter)
-        except OSError as error:
-            self._without(error)
-            return None
-        self._entries.append(entry)
-        return entry
+        return self._held.take(key, title)
 
     def _build(self, entry: Entry, title: str, group: Sequence[AnyPass], model: TorchModel, work: Work) -> Made:
         spare = self._scratch / f"step-{self._steps}"
@@ -160,65 +118,30 @@ class KeptSteps:
         if resumed:
             blocks = "1 finished block" if resumed == 1 else f"{resumed} finished blocks"
             self._reporter.note(f"{title}: going on after {blocks}, {seconds(saved)} saved")
-        self._built.append(entry)
+        self._held.making(entry)
         begun = time.monotonic()
         try:
             entry.clear({CHECKPOINTS} if done is None else done.names())
             before = self._at(model, entry.folder)
             before.store.spare = spare
-            learns = _LEARNING * model.facts.parameters <= self._limit
+            learns = _LEARNING * model.facts.parameters <= self._held.limit
             after, results = work(before, done, entry.folder / CHECKPOINTS if learns else None)
         except Exception as error:
             if not is_disk_full(error):
                 raise
-            self._give_up(entry, error)
+            self._held.give_up(entry, error)
             return Made(*work(self._at(model, spare), None, None))
         if before.store.folder != entry.folder or (done is not None and done.stopped):
-            self._give_up(entry, None)
+            self._held.give_up(entry, None)
         else:
             took = time.monotonic() - begun + saved
             content = _Content(results=results, model=save(before, after, entry.folder))
-            index = Index(format=FORMAT, title=title, model=self._model, seconds=took, files={}, content=pack(content))
-            self._finishing.append(in_background(partial(_finish, entry, index, content.model, done)))
+            self._held.finish(title, took, content, lambda index: _finish(entry, index, content.model, done))
         return Made(after, results, blocks_resumed=resumed, seconds_saved=saved)
 
     def _at(self, model: TorchModel, folder: Path) -> TorchModel:
         """Return the model with a store that writes to a folder of its own."""
         return replace(model, store=model.store.at(folder))
-
-    def _give_up(self, entry: Entry, error: Exception | None) -> None:
-        """Go on without the store, whose disk is full; what lies there already is used until the end of the run."""
-        self._entries.remove(entry)
-        self._built.remove(entry)
-        self._unfinished.append(entry)
-        self._without(error)
-
-    def _without(self, error: Exception | None) -> None:
-        why = "its disk is full" if error is None or is_disk_full(error) else str(error)
-        assert self._store is not None, "an entry is of a store"
-        self._reporter.warn(f"going on without the cache at {self._store.folder}: {why}")
-        self._store = None
-
-    def _carefully(self, finish: Callable[[], None]) -> None:
-        try:
-            finish()
-        except OSError as error:
-            self._reporter.warn(f"not kept in the cache: {error}")
-
-
-@contextmanager
-def keeping(steps: KeptSteps) -> Generator[KeptSteps]:
-    """Have the steps of a run, and give everything back behind them, without delay where a signal ends the run."""
-    try:
-        yield steps
-    except Exception:
-        steps.close()
-        raise
-    except BaseException:
-        steps.close(wait=False)
-        raise
-    else:
-        steps.close()
 
 
 def _finish(entry: Entry, index: Index, model: SavedModel, done: BlocksDone | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -15,7 +15,8 @@ from typing import Any, cast
 import msgspec
 
 from ...core.digests import files_sha256
-from ...core.passes import Need, Pass, SurveyPass
+from ...core.exports import GraphExporter
+from ...core.passes import GraphPass, Need, Pass, SurveyPass
 from ...core.plan import Limits
 from ...core.recipe import Recipe, Task
 from ...core.threads import DEFAULT
@@ -27,6 +28,10 @@ _PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "acc
 
 _OURS = ("core", "models", "calibration", "passes", "pipeline", "evaluation", "runtimes")
 """The folders of llmopt whose code decides what a pass makes, and what is measured of it."""
+
+_GRAPH_PACKAGES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino")
+_GRAPH_OURS = ("graphs", "exporters")
+"""What decides, beside those, what becomes of a graph."""
 
 
 class Keys:
@@ -73,19 +78,13 @@ class Keys:
             None when it reads what cannot be told from its name, such as a data set of the hub; then that holds for all
             later steps.
         """
-        passes: list[Any] = []
-        for one in group:
-            read = [self._reads.digest(role, name) for role, name in one.inputs()]
-            self._known &= None not in read
-            passes.append([one.name, msgspec.to_builtins(one.params), read])
+        passes = [self._described(one) for one in group]
         if not self._known:
             return None
-        if self._before is None:
-            self._before = _hash([self._reads.digest("model", self._model), self._common, versions()])
         document = {
-            "before": self._before,
+            "before": self._so_far(),
             "passes": passes,
-            "samples": _hash([list(row) for row in self._rows]) if any(map(uses_samples, group)) else None,
+            "samples": self._samples() if any(map(uses_samples, group)) else None,
             "data": self._data if any(map(_reads_text, group)) else None,
             "later": [[one.name, msgspec.to_builtins(one.params)] for one in later]
             if any(map(_looks_ahead, group))
@@ -93,6 +92,41 @@ class Keys:
         }
         self._before = _hash(document)
         return self._before
+
+    def graphs(self, exporter: GraphExporter[Any], passes: Sequence[AnyPass]) -> list[str] | None:
+        """Return the keys of an export's graph: as it is traced or read, and after each pass on it.
+
+        Args:
+            exporter: the format.
+            passes: those on its graph.
+
+        Returns:
+            None as for `next`.
+        """
+        described = [self._described(one) for one in passes]
+        if not self._known:
+            return None
+        params = msgspec.to_builtins(exporter.params)
+        traced = {name: value for name, value in params.items() if name not in exporter.late}
+        raised = any(map(_reads_attention, passes))
+        keys = [_hash([self._so_far(), exporter.name, traced, raised, graph_versions()])]
+        for one, words in zip(passes, described, strict=True):
+            keys.append(_hash([keys[-1], words, self._samples() if uses_samples(one) else None]))
+        return keys
+
+    def _so_far(self) -> str:
+        """Return the key of the model as the last step left it."""
+        if self._before is None:
+            self._before = _hash([self._reads.digest("model", self._model), self._common, versions()])
+        return self._before
+
+    def _described(self, one: AnyPass) -> list[Any]:
+        read = [self._reads.digest(role, name) for role, name in one.inputs()]
+        self._known &= None not in read
+        return [one.name, msgspec.to_builtins(one.params), read]
+
+    def _samples(self) -> str:
+        return _hash([list(row) for row in self._rows])
 
 
 def key_of(document: dict[str, Any]) -> str:
@@ -102,7 +136,11 @@ def key_of(document: dict[str, Any]) -> str:
 
 def uses_samples(one: AnyPass) -> bool:
     """Return whether a pass is shown the calibration samples."""
-    return Need.CALIBRATION in one.requires()
+    return Need.CALIBRATION in one.requires() or (isinstance(one, GraphPass) and one.tries_samples)
+
+
+def _reads_attention(one: AnyPass) -> bool:
+    return isinstance(one, GraphPass) and one.reads_attention
 
 
 def _reads_text(one: AnyPass) -> bool:
@@ -121,16 +159,29 @@ def versions() -> dict[str, str]:
     import torch
 
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in _PACKAGES:
+    found |= _versions(_PACKAGES, _OURS)
+    found["instructions"] = torch.backends.cpu.get_cpu_capability()
+    found["device"] = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    return found
+
+
+@cache
+def graph_versions() -> dict[str, str]:
+    """Return the versions of what traces, changes and runs graphs, beside `versions`."""
+    return _versions(_GRAPH_PACKAGES, _GRAPH_OURS)
+
+
+def _versions(packages: Iterable[str], ours: Iterable[str]) -> dict[str, str]:
+    """Return the versions of packages, and a hash of the code in folders of our own."""
+    found: dict[str, str] = {}
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
     package = __name__.partition(".")[0]
-    rooms = {room: Path(str(files(f"{package}.{room}"))) for room in _OURS}
+    rooms = {room: Path(str(files(f"{package}.{room}"))) for room in ours}
     found[f"{package} code"] = _hash([[room, _code(place)] for room, place in rooms.items()])
-    found["instructions"] = torch.backends.cpu.get_cpu_capability()
-    found["device"] = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     return found
 
 

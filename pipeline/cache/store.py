@@ -176,6 +176,30 @@ class Store:
         self._use(key)
         return entry
 
+    def find(self, key: str, title: str, reporter: Reporter) -> Entry | None:
+        """Return an entry that is whole and intact, without waiting; None where there is none, or a run makes it."""
+        entry = Entry(self, key, Lock(self._locks / f"{key}.lock"))
+        if not (entry.folder / INDEX).exists() or not entry.lock.take(shared=True):
+            return None
+        if not self._open(entry, title, reporter):
+            entry.close()
+            self._remove(entry.folder)
+            return None
+        self._use(key)
+        return entry
+
+    def begin(self, key: str) -> Entry | None:
+        """Return an empty entry for this run alone to make, without waiting; None where another run has or made it."""
+        entry = Entry(self, key, Lock(self._locks / f"{key}.lock"))
+        if not entry.lock.take():
+            return None
+        if (entry.folder / INDEX).exists():
+            entry.close()
+            return None
+        entry.clear(())
+        self._use(key)
+        return entry
+
     def size(self) -> int:
         """Return the bytes of all entries."""
         return sum(_size(folder) for folder in self._folders())

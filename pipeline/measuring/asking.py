@@ -16,6 +16,7 @@ from ...evaluation.gates import Measured
 from ...evaluation.intervals import bootstrap, count
 from ...evaluation.metrics import METRICS, metrics_of
 from .language_tasks import Generate, MultipleChoice, Perplexity
+from .speech_tasks import Transcribe
 from .subjects import Subject
 from .tasks import SOURCE, Found, Task, TaskOptions
 from .text_tasks import Classify, Retrieval, Similarity
@@ -25,7 +26,7 @@ HARNESS = "lm-eval:"
 """Begins the name of a task of lm-evaluation-harness."""
 
 TASKS: dict[str, type[Task]] = {
-    one.name: one for one in (MultipleChoice, Generate, Classify, Similarity, Retrieval, Perplexity)
+    one.name: one for one in (MultipleChoice, Generate, Transcribe, Classify, Similarity, Retrieval, Perplexity)
 }
 """By name; where several fit a model and the columns of the data, the first is meant."""
 
@@ -82,13 +83,10 @@ def choose_task(
     architecture = str((config.get("architectures") or ["?"])[0])
     fit = [one for one in TASKS.values() if one.measures(config, sentence=sentence)]
     if not fit:
-        speech = config.get("model_type") == "whisper"
         raise UsageError(
             f"`{name}` cannot be measured at a task",
-            where="it is a speech model, and nothing here reads audio: a word error rate cannot be measured"
-            if speech
-            else f"config.json names {architecture}, and there is no modules.json that says how embeddings are made",
-            hint="give a causal language model, a model that generates text from text, a classifier, or a "
+            where=f"config.json names {architecture}, and there is no modules.json that says how embeddings are made",
+            hint="give a causal language model, one that generates text from text, Whisper, a classifier, or a "
             "sentence-transformers folder",
         )
     if options.task is not None:
@@ -232,8 +230,8 @@ def measured(task: str, found: Found, names: Sequence[str], confidence: float) -
             )
         units = None if metric.units is None else float(columns[metric.units].sum()) if metric.units else count(columns)
         interval = bootstrap(columns, metric.statistic, confidence, units=units)
-        if interval is not None and metric.unit == "share" and metric.units is not None:
-            interval = max(interval[0], 0.0), min(interval[1], 1.0)
+        if interval is not None and metric.unit in {"share", "ratio"} and metric.units is not None:
+            interval = max(interval[0], 0.0), min(interval[1], 1.0) if metric.unit == "share" else interval[1]
         made[name] = Measured(value, interval, count(columns))
     return made
 

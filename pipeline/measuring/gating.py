@@ -14,6 +14,7 @@ from ...core.recipe import Recipe
 from ...evaluation.gates import Gate, Measured, judge
 from ...evaluation.metrics import METRICS, Group
 from ...models.locate import Location
+from ...models.speech import is_speech
 from ..artifact import Artifact
 from ..cache.figures import Figures, KeptFigures
 from .asking import ask, ask_one, comparable, measured, open_data
@@ -76,7 +77,7 @@ def _check_exports(gates: Sequence[Gate], recipe: Recipe) -> None:
 
 
 def _check_speed(gate: Gate, facts: ModelFacts) -> None:
-    if "vocab_size" not in facts.config or facts.model_type == "whisper":
+    if "vocab_size" not in facts.config or is_speech(facts.config):
         where = f"speed and memory are measured with text, `{facts.source}` is {facts.architecture}"
         raise UsageError(f"gate `{gate.text}` cannot be measured", where=where, hint="leave it out")
     if gate.name in (_COMPUTING if facts.is_causal_lm else _GENERATING):
@@ -190,7 +191,7 @@ class _Run:
         options = data.options
         assert options.data is not None
         read = self._kept.reads.digest("evaluation", options.data)
-        if read is None:  # a data set of the hub may change
+        if read is None or data.task.beside:  # a data set of the hub may change, and so may files that data name
             return self._measured(own, data, names)
         depends_on = {
             "artifact": {name: file.sha256 for name, file in export.files.items()},

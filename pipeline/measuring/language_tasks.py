@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from ...calibration.fields import Role, Row
 from ...calibration.windows import load_windows
 from ...core.errors import LlmoptError, UsageError
 from ...core.progress import Step
 from ...core.runtime import Session
-from ...evaluation.figures import tidy
+from ...evaluation.figures import tidy, word_errors
 from ...evaluation.perplexity import Scores
 from ...models.locate import context_length
+from ...models.speech import is_speech
 from ..jobs import Generation
 from ..texts import Encoded
 from .likelihoods import continuation, log_likelihoods, token_ids
 from .subjects import Subject
-from .tasks import LOGITS_PER_BATCH, Found, Task, is_causal, output, text_in, unknown_answer
+from .tasks import LOGITS_PER_BATCH, MARGIN, Found, Task, is_causal, output, text_in, unknown_answer
 
 WINDOW = 512
 """Tokens of a window of running text, unless told otherwise or the context is shorter."""
@@ -257,16 +258,12 @@ class Generate(Task):
         Role("prompt", ("prompt", "question", "input", "instruction", "query", "source")),
         Role("answer", ("answer", "answers", "target", "targets", "expected", "reference", "output")),
     )
-    MARGIN: ClassVar[int] = 8
-    """Tokens generated beyond the longest answer, to see that it ends there."""
 
     @classmethod
     def measures(cls, config: Mapping[str, Any], *, sentence: bool) -> bool:  # noqa: ARG003
         """Return whether the model generates text from text."""
-        if config.get("model_type") == "whisper":
-            return False
         named = str((config.get("architectures") or ["?"])[0])
-        return is_causal(config) or named.endswith("ForConditionalGeneration")
+        return is_causal(config) or (named.endswith("ForConditionalGeneration") and not is_speech(config))
 
     def prepare(self, subject: Subject) -> None:
         """Read prompts and answers."""
@@ -275,7 +272,7 @@ class Generate(Task):
         self.answers = [_answers(row) for row in rows]
         tokenizer = subject.tokenizer()
         lengths = [len(tokenizer(answer)["input_ids"]) for answers in self.answers for answer in answers]
-        self.new_tokens = self.options.max_new_tokens or max(lengths) + self.MARGIN
+        self.new_tokens = self.options.max_new_tokens or max(lengths) + MARGIN
         check_context(subject, self.new_tokens + 1)
 
     def __len__(self) -> int:
@@ -291,7 +288,7 @@ class Generate(Task):
         job = Generation(subject.directory, subject.config, subject.tokenizer())
         job.new_tokens = self.new_tokens
         context = None if subject.config.get("is_encoder_decoder") else context_length(subject.config)
-        found: Found = {"generated": [], "exact": []}
+        found: Found = {"generated": [], "exact": [], "word_edits": [], "words": []}
         for prompt, answers in zip(self.prompts, self.answers, strict=True):
             ids = (
                 token_ids(subject, prompt)
@@ -304,6 +301,9 @@ class Generate(Task):
                 text = text.lstrip("\n").partition("\n")[0]
             found["generated"].append(text)
             found["exact"].append(float(tidy(text) in {tidy(answer) for answer in answers}))
+            edits, words = word_errors(answers, text)
+            found["word_edits"].append(edits)
+            found["words"].append(words)
             step.advance()
         return found
 

@@ -25,6 +25,9 @@ LOGITS_PER_BATCH = 1 << 24
 
 SOURCE = "source_"
 
+MARGIN = 8
+"""Tokens generated beyond the longest answer, to see that it ends there."""
+
 
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
@@ -55,6 +58,8 @@ class Task:
     roles: ClassVar[tuple[Role, ...]]
     settings: ClassVar[frozenset[str]] = frozenset()
     """Which of `length` and `max_new_tokens` it heeds."""
+    beside: ClassVar[bool] = False
+    """Whether the data name files that are read too, so that their hash does not tell what is measured with."""
     together: ClassVar[bool] = False
     """Whether what compares with the source needs both models at once."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llmopt.evaluation.figures import f1_macro, ndcg, spearman, tidy, weighted_mean
+from llmopt.evaluation.figures import f1_macro, ndcg, spearman, tidy, weighted_mean, word_errors
 from scipy import stats
 
 
@@ -45,3 +45,23 @@ def test_weights_count():
 
 def test_answers_are_compared_without_their_spaces():
     assert tidy("  forty \n two ") == tidy("forty two") != tidy("fortytwo")
+
+
+def test_word_errors_are_edits_over_the_words_expected():
+    assert word_errors(["the cat sat on the mat"], "the cat sat on the mat") == (0, 6)
+    assert word_errors(["the cat sat on the mat"], "the bat sat the mat now") == (3, 6)  # replaced, left out, added
+    assert word_errors(["hello"], "hello there you two") == (3, 1)
+    assert word_errors(["a b"], "") == (2, 2)
+    assert word_errors(["The cat."], "the cat") == (2, 2)
+    assert word_errors(["x y z", "one two"], "one  two\n") == (0, 2)
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=6), st.lists(st.sampled_from("abc"), max_size=6))
+def test_word_errors_agree_with_a_naive_recursion(wanted, got):
+    def naive(one, other):
+        if not one or not other:
+            return len(one) + len(other)
+        rest = naive(one[1:], other[1:]) + (one[0] != other[0])
+        return min(rest, naive(one[1:], other) + 1, naive(one, other[1:]) + 1)
+
+    assert word_errors([" ".join(wanted)], " ".join(got)) == (naive(wanted, got), len(wanted))

@@ -35,6 +35,7 @@ DECODER = {
 }
 ENCODER = {
     "static": (["remove-padding", "fuse", {"quantize-static": CAPPED}], ["onnx"]),
+    "openvino": (["remove-padding", {"quantize-static": CAPPED}], ["openvino"]),
 }
 
 WORKER = """

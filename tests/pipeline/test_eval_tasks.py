@@ -206,12 +206,6 @@ def test_what_cannot_be_measured_is_refused(decoder, tmp_path, rows, options, me
     assert not (tmp_path / "samples.jsonl").exists()
 
 
-def test_a_speech_model_is_refused_with_words(family, tmp_path):
-    with pytest.raises(UsageError) as refused:
-        run(family("whisper"), write(tmp_path / "x.jsonl", [{"audio": "a.wav", "text": "a"}]), tmp_path)
-    assert "word error rate" in refused.value.where
-
-
 def test_samples_never_overwrite_what_is_read(decoder, tmp_path):
     rows = [{"question": "the", "choices": ["one", "two"], "answer": 0}]
     data = write(tmp_path / "samples.jsonl", rows)

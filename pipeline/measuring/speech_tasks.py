@@ -1,0 +1,87 @@
+"""The task of speech models: writing down what is said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...calibration.fields import Role, Row
+from ...core.errors import LlmoptError, UsageError
+from ...core.progress import Step
+from ...core.runtime import Session
+from ...evaluation.figures import word_errors
+from ...models.speech import Ear, Speaking, is_speech
+from ..transcribing import transcribe
+from .subjects import Subject
+from .tasks import MARGIN, Found, Task, text_in
+
+
+class Transcribe(Task):
+    """How many words a model gets wrong of what is said in WAV files; their paths are those from the data's folder."""
+
+    name = "transcribe"
+    settings = frozenset({"max_new_tokens"})
+    beside = True
+    title = "speech to text"
+    roles = (
+        Role("audio", ("audio", "path", "file", "wav", "sound", "file_name", "filename")),
+        Role("text", ("text", "sentence", "transcript", "transcription", "reference", "normalized_text")),
+    )
+
+    @classmethod
+    def measures(cls, config: Mapping[str, Any], *, sentence: bool) -> bool:  # noqa: ARG003
+        """Return whether it writes down speech."""
+        return is_speech(config)
+
+    def prepare(self, subject: Subject) -> None:
+        """Read paths and texts, and hear every sound once, so that one that cannot be used is met before the work."""
+        path = self.fields.source.path
+        if path is None:
+            raise UsageError(
+                f"sounds of `{self.fields.source.spec}` cannot be read",
+                where="they lie in a data set of the hub",
+                hint="save them as WAV files, and name a JSONL or CSV file with their paths and texts",
+            )
+        rows = self.rows()
+        self.sounds = [path.parent / text_in(row, "audio") for row in rows]
+        self.texts = [_words(row) for row in rows]
+        ear, tokenizer = Ear(subject.directory), subject.tokenizer()
+        for sound in self.sounds:
+            ear.features(sound)
+        lengths = [len(tokenizer(text)["input_ids"]) for text in self.texts]
+        self.new_tokens = self.options.max_new_tokens or 2 * max(lengths) + MARGIN
+
+    def __len__(self) -> int:
+        """Return the number of sounds."""
+        return len(self.sounds)
+
+    def given(self) -> Found:
+        """Return what is said."""
+        return {"expected": list(self.texts)}
+
+    def find(self, subject: Subject, session: Session, step: Step) -> Found:
+        """Write down every sound."""
+        ear, speaking = Ear(subject.directory), Speaking.of(subject.directory, subject.config)
+        found: Found = {"generated": [], "word_edits": [], "words": []}
+        for sound, text in zip(self.sounds, self.texts, strict=True):
+            tokens = transcribe(session, ear.features(sound), speaking, self.new_tokens)
+            written = str(subject.tokenizer().decode(tokens, skip_special_tokens=True)).strip()
+            found["generated"].append(written)
+            edits, words = word_errors([text], written)
+            found["word_edits"].append(edits)
+            found["words"].append(words)
+            step.advance()
+        return found
+
+    def shown(self, index: int) -> dict[str, Any]:
+        """Return the sound's path."""
+        return {"audio": str(self.sounds[index])}
+
+
+def _words(row: Row) -> str:
+    text = text_in(row, "text")
+    if text.split():
+        return text
+    raise LlmoptError(
+        f"the text in {row.place} has no words", hint="a word error rate needs words to compare with: take the row out"
+    )
