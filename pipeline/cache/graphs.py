@@ -92,7 +92,7 @@ class KeptGraphs:
     def offer(self, lowered: Lowered) -> None:
         """Keep a graph as it is now, if that is worth it."""
         took = time.monotonic() - self._begun
-        count = weight_bytes(lowered.graph)
+        count = max(1, weight_bytes(lowered.graph))
         if self._keys is None or self._pace * count > SHARE * took or count > self._held.limit:
             return
         done = len(lowered.results)
