@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from .activations import ActivationGrid, ActivationNumber
 from .adapter import AdapterShape
+from .block import Block, Linear
 from .facts import ModelFacts
 from .graph import GraphModel
-from .model import Block, Linear, ModelHandle
+from .model import ModelHandle
 from .params import Params
 from .patterns import matches
 from .progress import Reporter, Silent

@@ -1,4 +1,4 @@
-"""One block in memory: the implementation of `core.model.Block`."""
+"""One block in memory: the implementation of `core.block.Block`."""
 
 from __future__ import annotations
 
@@ -12,29 +12,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.activations import QuantizedCache, QuantizedInput
-from ..core.errors import LlmoptError
-from ..core.model import Linear, Product, Stage
+from ..core.block import Linear, Product, Stage
 from ..core.quantized import QuantizedWeight
+from .block_products import Products
 from .handle import TorchModel
 from .producers import Part, Producer, linear_candidates, norm_candidates, same
 from .replay import Answer, Replay, distance, hidden_of
 from .rounding_error import rounding_error
 from .skeleton import BlockSite, Skeleton, View
 from .store import dequantize_into
-from .watch import CacheWatch, NormCall, Sighting, Unit, Watch, norm_calls, same_input
-
-_LOOK_TOKENS = 256
-"""How many tokens are enough to see in what order the layers of a block are reached."""
+from .watch import CacheWatch, Unit
 
 _TRIAL_BATCHES = 2
 """How many calibration batches `output_error` looks at."""
 
 _LOGITS = 1 << 25
 """How many logits `divergence` makes at once, 128 MiB in float32; but no less than those of a row."""
-
-
-class _Enough(Exception):  # noqa: N818  (control flow, no error)
-    """Every product of the stage was seen."""
 
 
 class LoadedBlock:
@@ -52,7 +45,6 @@ class LoadedBlock:
         changed: floating-point checkpoint tensors that are different now.
         sparse: the layers whose zeros stay.
         errors: relative error of each quantized layer; see `rounding_error`.
-        expert_tokens: how many calibration tokens came to each expert.
         factors: what an adapter adds, `down` and `up` by the path of a module.
     """
 
@@ -70,7 +62,6 @@ class LoadedBlock:
         self._site = site
         self._replay = replay
         self._views = {view.linear: view for view in site.views}
-        self._once: dict[Unit, bool] = {}
         self.dtype = model.facts.dtype
         self.results: dict[Linear, QuantizedWeight] = {}
         self.changed: dict[str, Callable[[], Tensor]] = {}
@@ -78,11 +69,9 @@ class LoadedBlock:
         self.caches: dict[str, QuantizedCache] = {}
         self.sparse = {linear.name for linear in self._views if linear.name in model.store.sparse}
         self.errors: dict[Linear, float] = {}
-        self.expert_tokens: dict[Unit, int] = {}
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._unrounded: dict[Linear, Tensor] | None = {} if unrounded else None
-        self._order_seen: list[Stage] | None = None
-        self._norms: dict[Unit, list[tuple[str, nn.Module]]] = {}
+        self._seen: Products | None = None
         self._producers: dict[Linear, Producer | None] = {}
         self._answers: dict[bool, Answer] = {}
 
@@ -106,7 +95,7 @@ class LoadedBlock:
         return self._held(linear).float()
 
     def rows(self, linear: Linear, count: int) -> Iterator[Tensor]:
-        """Yield the current weight a few rows at a time, in the dtype it is held in; see `core.model.Block`."""
+        """Yield the current weight a few rows at a time, in the dtype it is held in; see `core.block.Block`."""
         name = self._only_on_disk(linear)
         if name is None:
             yield from self._held(linear).split(count)
@@ -146,12 +135,12 @@ class LoadedBlock:
         self.changed.pop(f"{linear.name}.weight", None)
 
     def unrounded(self, linear: Linear) -> Tensor:
-        """Return the weight of a quantized layer as it was just before; see `core.model.Block`."""
+        """Return the weight of a quantized layer as it was just before; see `core.block.Block`."""
         assert self._unrounded is not None, "a pass of the sweep needs it"
         return self._unrounded[linear].float()
 
     def adaptable(self, linear: Linear) -> str | None:
-        """Return the path of the linear module that the layer is; see `core.model.Block`."""
+        """Return the path of the linear module that the layer is; see `core.block.Block`."""
         view = self._views[linear]
         path = view.parameter.removesuffix(".weight")
         if view.rows is not None or path == view.parameter:
@@ -159,7 +148,7 @@ class LoadedBlock:
         return path if isinstance(self._skeleton.model.get_submodule(path), nn.Linear | Conv1D) else None
 
     def adapt(self, linear: Linear, down: Tensor, up: Tensor) -> None:
-        """Add an adapter to a layer; see `core.model.Block`."""
+        """Add an adapter to a layer; see `core.block.Block`."""
         path = self.adaptable(linear)
         assert path is not None, "asked for before"
         self.factors[path] = down, up
@@ -181,7 +170,7 @@ class LoadedBlock:
         self.caches[self.attention] = self._skeleton.caches[self.attention] = rounding
 
     def collect_cache(self, receive: Callable[[Tensor, Tensor], None]) -> None:
-        """Look at keys and values; see `core.model.Block`."""
+        """Look at keys and values; see `core.block.Block`."""
         for index in range(len(self._samples)):
             args, kwargs = self._samples.call(self._site, index)
             with torch.no_grad(), CacheWatch(receive):
@@ -199,16 +188,16 @@ class LoadedBlock:
         self.sparse.add(linear.name)
 
     def mask(self, linear: Linear) -> Tensor | None:
-        """Return where a sparse layer's weight is not zero; see `core.model.Block`."""
+        """Return where a sparse layer's weight is not zero; see `core.block.Block`."""
         return self._held(linear) != 0 if linear.name in self.sparse else None
 
     def channels(self, product: Product) -> Tensor | None:
-        """Return the groups of input channels; see `core.model.Block`."""
+        """Return the groups of input channels; see `core.block.Block`."""
         producer = self._producer(product)
         return None if producer is None else producer.channels
 
     def balance(self, product: Product, factors: Tensor) -> None:
-        """Move a scale from the input of `product` into its weights; see `core.model.Block`."""
+        """Move a scale from the input of `product` into its weights; see `core.block.Block`."""
         producer = self._producer(product)
         assert producer is not None, "asked for with channels()"
         self._balance(product, producer, factors)
@@ -219,12 +208,12 @@ class LoadedBlock:
             self.update(linear, self.weight(linear))
 
     def norm_weight(self, product: Product) -> Tensor | None:
-        """Return the weight of the norm that makes the product's input; see `core.model.Block`."""
+        """Return the weight of the norm that makes the product's input; see `core.block.Block`."""
         producer = self._producer(product)
         return None if producer is None else producer.norm_weight()
 
     def output_error(self, linears: Sequence[Linear], trial: Callable[[], None]) -> float:
-        """Return how much `trial` changes the block's output; see `core.model.Block`."""
+        """Return how much `trial` changes the block's output; see `core.block.Block`."""
         before = {linear: self.weight(linear).clone() for linear in linears}
         results, changed = dict(self.results), dict(self.changed)
         indices = range(min(len(self._samples), _TRIAL_BATCHES))
@@ -244,24 +233,24 @@ class LoadedBlock:
         return len(self._samples)
 
     def input(self, batch: int) -> Tensor:
-        """Return the hidden states that the block is called with; see `core.model.Block`."""
+        """Return the hidden states that the block is called with; see `core.block.Block`."""
         return hidden_of(self._samples.call(self._site, batch))
 
     def output(self, batch: int, weights: Mapping[Linear, Tensor] | None = None) -> Tensor:
-        """Return the block's output on a calibration batch; see `core.model.Block`."""
+        """Return the block's output on a calibration batch; see `core.block.Block`."""
         if weights is None:
             return self._output(batch)
         made = self._changed_output(batch, weights)
         return made if isinstance(made, Tensor) else made[0]
 
     def divergence(self, weights: Mapping[Linear, Tensor], *, later_blocks: bool) -> float:
-        """Return how far the model's answers move with other weights here; see `core.model.Block`."""
+        """Return how far the model's answers move with other weights here; see `core.block.Block`."""
         if later_blocks not in self._answers:
             self._answers[later_blocks] = self._answer({}, later_blocks)
         return distance(self._answers[later_blocks], self._answer(weights, later_blocks))
 
     def absence(self) -> float:
-        """Return how far the model's answers move without the block; see `core.model.Block`."""
+        """Return how far the model's answers move without the block; see `core.block.Block`."""
         tokens = self._tokens_answered()
         call = self._samples.call(self._site, 0, tokens=tokens)
         with torch.no_grad():
@@ -301,63 +290,22 @@ class LoadedBlock:
 
     def stages(self) -> list[Stage]:
         """Return the block's products in the order in which the forward pass reaches them."""
-        if self._order_seen is None:
-            norms: list[NormCall] = []
-            with norm_calls(self._modules(), norms.append):
-                seen = self._look()
-            self._once = {unit: sighting.times == 1 for unit, sighting in seen.items()}
-            self._order_seen = list(self._order(seen))
-            self._norms = {
-                self._unit(product.linears[0]): [
-                    (call.path, call.module) for call in norms if same_input(call.output, read)
-                ]
-                for stage in self._order_seen
-                for product in stage
-                for unit in [self._unit(product.linears[0])]
-                if unit in seen
-                for read in [seen[unit].input]
-            }
-        return self._order_seen
-
-    def _look(self) -> dict[Unit, Sighting]:
-        """Run a few tokens through the block, and whole batches only while a layer has not been seen."""
-        addresses = self._addresses()
-        seen: dict[Unit, Sighting] = {}
-        for index, tokens in [(0, _LOOK_TOKENS), *((index, None) for index in range(len(self._samples)))]:
-            run: dict[Unit, Sighting] = {}
-            self._run(index, addresses, partial(_sight, run), tokens=tokens)
-            _add_sightings(seen, run)
-            if {name for name, _ in seen} == {name for name, _ in addresses.values()}:
-                break
-        return seen
+        return self._products.stages()
 
     def collect(self, stage: Stage, receive: Callable[[Product, Tensor], None]) -> None:
-        """Run the calibration samples as far as `stage`; see `core.model.Block`."""
-        units = {self._unit(product.linears[0]): product for product in stage}
-        addresses = {address: unit for address, unit in self._addresses().items() if unit in units}
-        single = all(unit[1] is None and self._once.get(unit, False) for unit in units)
-        tokens = dict.fromkeys(units, 0)
-        for index in range(len(self._samples)):
-            missing = set(units)
+        """Run the calibration samples as far as `stage`; see `core.block.Block`."""
+        self._products.collect(stage, receive)
 
-            def see(unit: Unit, tensor: Tensor, missing: set[Unit] = missing) -> None:
-                product = units[unit]
-                rows = tensor.reshape(-1, product.in_features)
-                # A sum that is finite proves it without a copy; one that overflows falls to the test.
-                if not (bool(torch.isfinite(rows.sum())) or bool(torch.isfinite(rows).all())):
-                    raise LlmoptError(
-                        f"the input of `{product.linears[0].name}` holds NaN or Inf",
-                        where=f"calibration batch {index + 1} of {len(self._samples)}",  # noqa: B023
-                        hint="the model overflows on this text: check its weights",
-                    )
-                tokens[unit] += len(rows)
-                receive(product, rows)
-                missing.discard(unit)
-                if single and not missing:
-                    raise _Enough
+    @property
+    def expert_tokens(self) -> dict[Unit, int]:
+        """How many calibration tokens came to each expert."""
+        return {} if self._seen is None else self._seen.expert_tokens
 
-            self._run(index, addresses, see)
-        self.expert_tokens.update({unit: seen for unit, seen in tokens.items() if unit[1] is not None})
+    @property
+    def _products(self) -> Products:
+        if self._seen is None:
+            self._seen = Products(self._skeleton, self._site, self._samples)
+        return self._seen
 
     def _producer(self, product: Product) -> Producer | None:
         """Return what makes the product's input, found once by trial."""
@@ -367,17 +315,12 @@ class LoadedBlock:
         return self._producers[key]
 
     def _candidates(self, product: Product) -> list[Producer]:
-        norms = self._norms.get(self._unit(product.linears[0]), [])
+        norms = self._products.norms(product)
         return [*norm_candidates(norms, self._skeleton.checkpoint_name), *self.earlier_rows(product)]
 
     def earlier_rows(self, product: Product) -> list[Producer]:
         """Return the rows of earlier layers that may make the product's input, the nearest first."""
-        stages = self.stages()
-        at = next(index for index, stage in enumerate(stages) for one in stage if product.linears[0] in one.linears)
-        earlier = [linear for stage in reversed(stages[:at]) for one in stage for linear in reversed(one.linears)]
-        expert = self._unit(product.linears[0])[1]
-        earlier = [linear for linear in earlier if expert is None or self._unit(linear)[1] == expert]
-        return linear_candidates(product, earlier, self._rows, self.head_size(product))
+        return linear_candidates(product, self._products.earlier(product), self._rows, self.head_size(product))
 
     def head_size(self, product: Product) -> int | None:
         """Return the channels of an attention head, if heads make the product's input; None when the model has none."""
@@ -447,29 +390,10 @@ class LoadedBlock:
                 return bias.data.to(getattr(torch, self.dtype)).contiguous()
         return part.tensor.to(getattr(torch, self.dtype)).contiguous()
 
-    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        for path, module in self._site.module.named_modules():
-            yield f"{self._site.name}.{path}", module
-
     @property
     def _samples(self) -> Replay:
         assert self._replay is not None, "the plan gives calibration data to every pass that needs it"
         return self._replay
-
-    def _run(
-        self,
-        index: int,
-        addresses: dict[int, Unit],
-        receive: Callable[[Unit, Tensor], None],
-        *,
-        tokens: int | None = None,
-    ) -> None:
-        args, kwargs = self._samples.call(self._site, index, tokens=tokens)
-        with torch.no_grad(), Watch(addresses, receive):
-            try:
-                self._site.module(*args, **kwargs)
-            except _Enough:
-                return
 
     def _view(self, view: View) -> Tensor:
         if self._skeleton.parameter(view.parameter).is_meta:
@@ -482,50 +406,6 @@ class LoadedBlock:
         others = (other for other, view in self._views.items() if view.parameter == name)
         if not self._skeleton.parameter(name).is_meta and all(other in self.results for other in others):
             self._skeleton.unload([name])
-
-    def _unit(self, linear: Linear) -> Unit:
-        view = self._views[linear]
-        return view.parameter, view.rows.expert if view.rows is not None else None
-
-    def _addresses(self) -> dict[int, Unit]:
-        addresses: dict[int, Unit] = {}
-        for linear, view in self._views.items():
-            parameter = self._skeleton.parameter(view.parameter).data
-            addresses[view.address(parameter)] = self._unit(linear)
-        return addresses
-
-    def _members(self, unit: Unit) -> tuple[Linear, ...]:
-        return tuple(linear for linear in self._views if self._unit(linear) == unit)
-
-    def _order(self, seen: dict[Unit, Sighting]) -> Iterator[Stage]:
-        """Yield a stage for each distinct input; all experts of a parameter share one, each with its own product."""
-        done: set[Unit] = set()
-        for unit, sighting in seen.items():
-            if unit in done:
-                continue
-            if unit[1] is None:
-                group = [other for other in seen if other[1] is None and same_input(seen[other].input, sighting.input)]
-                done.update(group)
-                yield (Product(tuple(linear for other in group for linear in self._members(other))),)
-            else:
-                experts = dict.fromkeys(self._unit(linear) for linear in self._views)
-                group = [other for other in experts if other[0] == unit[0]]
-                done.update(group)
-                yield tuple(Product(self._members(other)) for other in group)
-
-
-def _sight(seen: dict[Unit, Sighting], unit: Unit, tensor: Tensor) -> None:
-    if unit in seen:
-        seen[unit].times += 1
-    else:
-        seen[unit] = Sighting(tensor)
-
-
-def _add_sightings(seen: dict[Unit, Sighting], run: dict[Unit, Sighting]) -> None:
-    """Add what a further run has shown: new units, and how often one run meets a unit at most."""
-    for unit, sighting in run.items():
-        known = seen.setdefault(unit, sighting)
-        known.times = max(known.times, sighting.times)
 
 
 @contextmanager

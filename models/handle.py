@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.activations import QuantizedCache, QuantizedInput
 from ..core.adapter import Adapter, names
+from ..core.block import Linear
 from ..core.errors import LlmoptError, UsageError
 from ..core.facts import ModelFacts
-from ..core.model import Channels, Linear, Rotation, RotationReport, WidthKind
+from ..core.model import Channels, Rotation, RotationReport, WidthKind
 from ..core.progress import Reporter
 from ..core.quantized import Grid, QuantizedWeight
 from .checkpoint import Checkpoint

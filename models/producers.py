@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.model import Linear, Product
+from ..core.block import Linear, Product
 
 _TOLERANCE = 1e-4
 

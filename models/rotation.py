@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..core.block import Product
 from ..core.errors import LlmoptError, UsageError
-from ..core.model import Product, Rotation, RotationReport
+from ..core.model import Rotation, RotationReport
 from ..core.progress import Reporter
 from .blocks import LoadedBlock, loaded
 from .ends import Ends, find_ends

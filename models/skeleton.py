@@ -20,8 +20,8 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from ..core.activations import QuantizedCache, QuantizedInput
+from ..core.block import Linear
 from ..core.errors import LlmoptError, UsageError
-from ..core.model import Linear
 from .checkpoint import Checkpoint
 from .locate import Location, read_config
 from .memory import trim

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..core.activations import QuantizedCache, QuantizedInput
 from ..core.adapter import names
+from ..core.block import Linear
 from ..core.errors import is_disk_full
-from ..core.model import Linear
 from ..core.quantized import Grid, QuantizedWeight
 
 IN_CACHE = 1 << 19

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
+from ..core.block import Block, Linear, Stage
 from ..core.errors import UsageError
 from ..core.facts import LinearFacts, ModelFacts
-from ..core.model import Block, Linear, ModelHandle, Stage
+from ..core.model import ModelHandle
 from ..core.params import Params
 from ..core.passes import AllocationPass, Need, Pass, PassContext, PassResult
 from ..core.quantized import BITS, Grid, QuantizedWeight

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
 
-from ..core.model import Block, Linear
+from ..core.block import Block, Linear
 from ..core.passes import Need, PassContext, PassResult
 from .weights import WeightParams, WeightPass
 

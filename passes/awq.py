@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta
 
-from ..core.model import Block, Linear, Product, Stage
+from ..core.block import Block, Linear, Product, Stage
 from ..core.passes import Need, PassContext, PassResult, Skip
 from ..core.quantized import Grid, QuantizedWeight
 from .products import NO_PRODUCER, NO_TOKEN, hessians_of, unreached

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from msgspec import Meta
 
 from ..core.adapter import AdapterShape
+from ..core.block import Block, Linear
 from ..core.errors import UsageError
 from ..core.facts import ModelFacts
-from ..core.model import Block, Linear
 from ..core.params import Params
 from ..core.passes import BlockPass, Need, Pass, PassContext, PassResult, Skip
 from ..core.target import Target

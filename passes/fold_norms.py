@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..core.model import Block, Linear, Product
+from ..core.block import Block, Linear, Product
 from ..core.params import Params
 from ..core.passes import BlockPass, Need, PassContext, PassResult, Skip
 

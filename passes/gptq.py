@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
 
-from ..core.model import Block, Linear, Product, Stage
+from ..core.block import Block, Linear, Product, Stage
 from ..core.passes import Need, PassContext, PassResult, Skip
 from ..core.quantized import Grid
 from .products import among, hessians_of, in_parts, stacked_mask

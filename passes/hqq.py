@@ -7,7 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from ..core.model import Block, Linear
+from ..core.block import Block, Linear
 from ..core.passes import PassContext, PassResult
 from .weights import WeightParams, WeightPass
 

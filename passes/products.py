@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..core.model import Block, Linear, Product, Stage
+from ..core.block import Block, Linear, Product, Stage
 from ..core.passes import Skip
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from ..core.block import Block, Linear
 from ..core.errors import UsageError
 from ..core.facts import ModelFacts
-from ..core.model import Block, Linear, ModelHandle
+from ..core.model import ModelHandle
 from ..core.params import Params
 from ..core.passes import Need, PassContext, PassResult, SurveyPass
 from ..core.target import Target

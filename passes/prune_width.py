@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from ..core.block import Block, Linear, Product
 from ..core.errors import UsageError
 from ..core.facts import LinearFacts, ModelFacts
-from ..core.model import Block, Channels, ChannelSet, Linear, ModelHandle, Product, WidthKind
+from ..core.model import Channels, ChannelSet, ModelHandle, WidthKind
 from ..core.params import Params
 from ..core.passes import Need, PassContext, PassResult, SurveyPass
 from ..core.sizes import group_setting, head_setting, head_size_setting, hidden_setting, mlp_settings

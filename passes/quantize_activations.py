@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from msgspec import Meta
 
 from ..core.activations import ActivationGrid, QuantizedInput
+from ..core.block import Block, Linear, Product
 from ..core.errors import UsageError
 from ..core.facts import ModelFacts
-from ..core.model import Block, Linear, Product
 from ..core.params import Ignore, Params
 from ..core.passes import BlockPass, Need, PassContext, PassResult, Skip
 from ..core.target import Target

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from msgspec import Meta
 
 from ..core.activations import ActivationGrid, ActivationNumber, QuantizedCache
+from ..core.block import Block, Linear
 from ..core.errors import LlmoptError, UsageError
 from ..core.facts import ModelFacts
-from ..core.model import Block, Linear
 from ..core.params import Params
 from ..core.passes import BlockPass, Need, PassContext, PassResult
 from ..core.target import Target

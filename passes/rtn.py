@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..core.model import Block, Linear
+from ..core.block import Block, Linear
 from ..core.passes import PassContext, PassResult
 from .weights import WeightParams, WeightPass, largest_weights
 

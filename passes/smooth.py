@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta
 
-from ..core.model import Block, Linear, Product
+from ..core.block import Block, Linear, Product
 from ..core.params import Ignore, Params
 from ..core.passes import BlockPass, Need, PassContext, PassResult, Skip
 from .products import NO_PRODUCER, NO_TOKEN, unreached

@@ -9,9 +9,9 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from ..core.block import Block, Linear
 from ..core.errors import UsageError
 from ..core.facts import ModelFacts
-from ..core.model import Block, Linear
 from ..core.params import Bits, GroupSizeParam, Ignore, NumberParam, Override, Overrides, Params, Symmetric
 from ..core.passes import BlockPass
 from ..core.patterns import check_patterns, matches

@@ -22,6 +22,9 @@ _MAX_DEPTH = 32
 _TAGS = frozenset(
     f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "merge")
 )
+_INT = "tag:yaml.org,2002:int"
+_MAX_DIGITS = 40
+"""Of a whole number; Python does not even show one of thousands."""
 _WRITE_ONE = "give a recipe in YAML; `llmopt quantize ... --save-recipe FILE` writes one"
 
 
@@ -107,6 +110,8 @@ class _Nodes:
             raise self._refused(node, f"is nested more than {_MAX_DEPTH} levels deep")
         if node.tag not in _TAGS:
             raise self._refused(node, f"is a `{node.tag.rpartition(':')[2]}`, which no parameter is")
+        if node.tag == _INT and len(node.value) > _MAX_DIGITS:
+            raise self._refused(node, f"is a number of more than {_MAX_DIGITS} digits")
         if isinstance(node.value, str) and not all(each.isprintable() or each in "\t\n" for each in node.value):
             raise self._refused(node, "holds a character that cannot be shown")
         self._known[id(node)] = 0

@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import torch
 
+from ..core.block import Linear
 from ..core.errors import LlmoptError, UsageError
-from ..core.model import Linear
 from ..core.passes import BlockPass, Need, PassContext, PassResult, Skip, SurveyPass
 from ..core.plan import Limits
 from ..core.quantized import Grid, QuantizedWeight

@@ -192,6 +192,7 @@ YAML = {
     "huge": "model: x\n# " + "x" * 300_000,
     "many": "model: [" + "a," * 60_000 + "]",
     "digits": "seed: " + "9" * 5000,
+    "digits-of-a-key": "model: x\npasses:\n- rtn: {0x" + "f" * 5000 + ": 1}",
     "date": "model: 2001-99-99",
     "code": "model: !!python/object/apply:os.system [id]",
     "null-byte": 'model: "a\\0b"',
@@ -202,11 +203,12 @@ YAML = {
 @pytest.mark.parametrize("name", YAML)
 def test_recipes_that_grow(tmp_path: Path, name: str):
     from llmopt.pipeline.recipe import load_recipe
+    from llmopt.pipeline.steps import passes_of
 
     path = tmp_path / "recipe.yaml"
     path.write_text(YAML[name])
     with memory_limit(1 << 28), time_limit(20), pytest.raises(LlmoptError) as caught:
-        load_recipe(path)
+        passes_of(load_recipe(path))
     assert len(str(caught.value)) < 5000
 
 

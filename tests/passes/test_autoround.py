@@ -5,7 +5,7 @@ import torch
 from families import random_rows
 from helpers import open_model
 from hypothesis import given, settings
-from llmopt.core.model import Linear
+from llmopt.core.block import Linear
 from llmopt.core.passes import PassContext
 from llmopt.core.quantized import Grid
 from llmopt.passes.autoround import Autoround, AutoroundParams

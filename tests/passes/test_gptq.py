@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import random_rows
 from helpers import open_model
-from llmopt.core.model import Linear, Product
+from llmopt.core.block import Linear, Product
 from llmopt.core.passes import PassContext
 from llmopt.core.plan import Limits
 from llmopt.models.text import batches
