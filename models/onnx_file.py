@@ -192,8 +192,9 @@ def _check_inner(path: Path, tensor: ir.TensorProtocol | None) -> None:
         _check_size(path, tensor)
         try:
             size = len(tensor.tobytes())
-        except (ValueError, TypeError, LookupError) as error:
-            raise _damaged(path, f"`{tensor.name}` cannot be read: {str(error)[:300]}") from None
+        except (ValueError, TypeError, LookupError, AssertionError) as error:  # onnx_ir asserts that types agree
+            why = str(error)[:300] or "its values are stored as those of another type"
+            raise _damaged(path, f"`{tensor.name}` cannot be read: {why}") from None
         if size != tensor.nbytes:
             raise _damaged(path, f"`{tensor.name}` takes {tensor.nbytes} bytes, the file holds {size}")
 

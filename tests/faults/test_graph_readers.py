@@ -239,3 +239,15 @@ def test_files_that_libraries_would_make_much_of(tmp_path: Path, data: bytes, wh
     with memory_limit(SMALL), time_limit(60), pytest.raises(LlmoptError, match="is damaged") as caught:
         open_graph(path)
     assert why in str(caught.value.where)
+
+
+def test_values_stored_as_those_of_another_type(tmp_path: Path):
+    from llmopt.models.onnx_file import open_graph
+
+    proto = ordinary()
+    inside = next(one for one in proto.graph.initializer if not one.external_data)
+    inside.ClearField("raw_data")
+    inside.uint64_data.append(1)
+    with pytest.raises(LlmoptError, match="is damaged") as caught:
+        open_graph(write(tmp_path, proto.SerializeToString()))
+    assert "those of another type" in str(caught.value.where)
