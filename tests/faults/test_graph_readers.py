@@ -245,7 +245,7 @@ def test_values_stored_as_those_of_another_type(tmp_path: Path):
     from llmopt.models.onnx_file import open_graph
 
     proto = ordinary()
-    inside = next(one for one in proto.graph.initializer if not one.external_data)
+    inside = next(one for one in proto.graph.initializer if one.name == "inside")
     inside.ClearField("raw_data")
     inside.uint64_data.append(1)
     with pytest.raises(LlmoptError, match="is damaged") as caught:
