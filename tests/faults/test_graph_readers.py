@@ -247,7 +247,7 @@ def test_values_stored_as_those_of_another_type(tmp_path: Path):
     proto = ordinary()
     inside = next(one for one in proto.graph.initializer if one.name == "inside")
     inside.ClearField("raw_data")
-    inside.uint64_data.append(1)
+    inside.uint64_data.extend([1] * 16)
     with pytest.raises(LlmoptError, match="is damaged") as caught:
         open_graph(write(tmp_path, proto.SerializeToString()))
     assert "those of another type" in str(caught.value.where)
