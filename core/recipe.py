@@ -77,8 +77,8 @@ class EvaluationSpec(Params, frozen=True, kw_only=True):
     task: Annotated[
         str | None,
         Meta(
-            description="perplexity, multiple-choice, generate, classify, similarity or retrieval; what fits the "
-            "metrics, the model and the columns when left out."
+            description="perplexity, multiple-choice, generate, transcribe, classify, similarity, retrieval; what fits "
+            "the metrics, the model and the columns when left out."
         ),
     ] = None
     columns: Annotated[

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from llmopt.core.errors import UsageError
 from llmopt.core.manifest import Manifest
 from llmopt.core.progress import Silent
 from llmopt.core.quantized import Grid
@@ -69,3 +71,11 @@ def build(made: Recipe, output: Path) -> Manifest:
 def grid(bits: int = 4, group_size: Any = 32, symmetric: bool = True) -> Grid:
     """Return a grid."""
     return Grid(bits=bits, group_size=group_size, symmetric=symmetric)
+
+
+def refused_plan(made: Recipe) -> str:
+    """Return the words with which a recipe is refused, which come with a hint."""
+    with pytest.raises(UsageError) as caught:
+        make_plan(made)
+    assert caught.value.hint
+    return str(caught.value)

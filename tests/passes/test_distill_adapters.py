@@ -6,14 +6,13 @@ import pytest
 import torch
 import transformers
 from families import random_rows
-from helpers import build, recipe
+from helpers import build, recipe, refused_plan
 from llmopt.calibration.packed import load_rows
 from llmopt.core.errors import UsageError
 from llmopt.core.progress import Silent
 from llmopt.core.text import TextRequest
 from llmopt.models.text import load_tokenizer
 from llmopt.passes.training.losses import divergence
-from llmopt.pipeline.plan import make_plan
 from llmopt.pipeline.verify import verify
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -214,17 +213,11 @@ def test_it_is_told_and_reported(family, text, tmp_path):
 
 
 class TestRefusals:
-    def refused(self, made):
-        with pytest.raises(UsageError) as caught:
-            make_plan(made)
-        assert caught.value.hint
-        return str(caught.value)
-
     @pytest.mark.parametrize("export", ["onnx", "onnx-genai", "openvino"])
     def test_other_exports(self, family, text, export):
         rounds = ("rtn", {"bits": 4, "group_size": 32})
         made = made_with(family("llama"), text, rounds=rounds, export=(export, {}))
-        assert "cannot hold an adapter" in self.refused(made)
+        assert "cannot hold an adapter" in refused_plan(made)
 
     @pytest.mark.parametrize(
         "later",
@@ -233,12 +226,12 @@ class TestRefusals:
     )
     def test_passes_after_it(self, family, text, later):
         learn = ("distill", {"data": str(text), **LEARN})
-        assert "cannot come after `" in self.refused(recipe(family("llama"), RTN, learn, later))
+        assert "cannot come after `" in refused_plan(recipe(family("llama"), RTN, learn, later))
 
     def test_graph_passes_after_it(self, family, text):
         learn = ("distill", {"data": str(text), **LEARN})
         made = recipe(family("llama"), RTN, learn, ("fuse", {}), export=("onnx", {}))
-        assert "`fuse` cannot come after `distill`" in self.refused(made)
+        assert "`fuse` cannot come after `distill`" in refused_plan(made)
 
     def test_layers_that_are_not_linear(self, family, text, tmp_path):
         with pytest.raises(UsageError, match="cannot be kept beside the model"):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 from families import random_rows
-from helpers import build, recipe
-from llmopt.core.errors import LlmoptError, UsageError
+from helpers import build, recipe, refused_plan
+from llmopt.core.errors import LlmoptError
 from llmopt.passes.numerics.low_rank import factors
 from llmopt.pipeline.plan import make_plan
 from peft import PeftModel
@@ -180,52 +180,46 @@ def test_the_plan_counts_it(family, text, tmp_path):
 
 
 class TestRefusals:
-    def refused(self, made):
-        with pytest.raises(UsageError) as caught:
-            make_plan(made)
-        assert caught.value.hint
-        return str(caught.value)
-
     @pytest.mark.parametrize(
         "before",
         [[], [("smooth", {})], [RTN, ("distill", {"steps": 2})], [RTN, ("prune-depth", {"layers": 1})]],
         ids=["nothing", "smooth", "distill", "survey"],
     )
     def test_nothing_before_it_rounds(self, family, text, before):
-        words = self.refused(recipe(family("llama"), *before, extract(), data=text))
+        words = refused_plan(recipe(family("llama"), *before, extract(), data=text))
         assert "no pass right before it rounds" in words or "cannot come after `rtn`" in words
 
     @pytest.mark.parametrize("before", [extract(), ("quantize-kv", {}), ("quantize-activations", {})])
     def test_what_it_cannot_follow(self, family, text, before):
         rounds = ("rtn", {"bits": 8, "group_size": "channel"})
-        words = self.refused(recipe(family("llama"), rounds, before, extract(), data=text))
+        words = refused_plan(recipe(family("llama"), rounds, before, extract(), data=text))
         assert f"`extract-adapter` cannot come after `{before[0]}`" in words
 
     @pytest.mark.parametrize("later", [("quantize-kv", {}), ("quantize-activations", {})])
     def test_what_cannot_follow_it(self, family, text, later):
-        words = self.refused(recipe(family("llama"), RTN, extract(), later, data=text))
+        words = refused_plan(recipe(family("llama"), RTN, extract(), later, data=text))
         assert f"`{later[0]}` cannot come after `extract-adapter`" in words
 
     def test_an_export_without_a_place_for_it(self, family, text):
-        assert "cannot hold an adapter" in self.refused(
+        assert "cannot hold an adapter" in refused_plan(
             recipe(family("llama"), RTN, extract(), export=("onnx", {}), data=text)
         )
 
     @pytest.mark.parametrize("learn", [{"lora_rank": 8}, {"lora_targets": ["q_proj"]}])
     def test_learning_of_another_shape(self, family, text, learn):
         made = recipe(family("llama"), RTN, extract(rank=4), ("distill", {**LEARN, **learn}), data=text)
-        words = self.refused(made)
+        words = refused_plan(made)
         assert "cannot go on from the adapter of `extract-adapter`" in words
         assert "rank 4 over all layers" in words
 
     def test_learning_of_the_weights(self, family, text):
         made = recipe(family("llama"), RTN, extract(rank=4), ("distill", {"steps": 2}), data=text)
-        assert "leaves an adapter beside the weights" in self.refused(made)
+        assert "leaves an adapter beside the weights" in refused_plan(made)
 
     def test_no_calibration_data(self, family):
-        assert "needs calibration data" in self.refused(recipe(family("llama"), RTN, extract()))
+        assert "needs calibration data" in refused_plan(recipe(family("llama"), RTN, extract()))
 
     def test_a_target_that_is_none(self, family, text):
-        words = self.refused(recipe(family("llama"), RTN, extract(targets=["query"]), data=text))
+        words = refused_plan(recipe(family("llama"), RTN, extract(targets=["query"]), data=text))
         assert "target `query` matches no layer" in words
         assert "q_proj" in words
