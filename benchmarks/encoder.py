@@ -2,7 +2,7 @@
 
     benchmarks/engines/encoder_peers.sh
     python benchmarks/encoder.py MODEL --stsb FILE --text FILE [--ours NAME=DIR[@ENGINE] ...] [--only TEXT ...]
-        [--threads 1 2] [--orders file length] [--rounds 3] [--every 1] [--forms DIR] [--json FILE]
+        [--threads 1 2] [--parallel 1 2] [--orders file length] [--rounds 3] [--every 1] [--forms DIR] [--json FILE]
 
 STSB is a CSV of sentence1, sentence2, score without a header (STS-B dev); TEXT is plain text, of which the first 600
 lines longer than 20 characters are taken as paragraphs (wikitext-2 test). Texts are cut at 256 tokens and go in batches
@@ -12,9 +12,11 @@ normalising. ENGINE is onnxruntime (if not given), openvino or openvino-bf16. MO
 
 Every engine is a process of its own, loaded once and timed on command. They take turns by slices of eight batches, so
 that whatever else the machine does falls on all of them alike; a slice's time is the median of the rounds. A first
-pass, which sees every shape for the first time, is not among them and stands on its own in the JSON. "of best" divides
-ours by the best peer of its precision in that column. The share of the peak is that of the linear layers alone, on real
-tokens, of what large float32 matrices reach in the same run on these cores.
+pass, which sees every shape for the first time, is not among them and stands on its own in the JSON. Threads work
+together on a batch or are divided among as many batches at a time as --parallel says; every engine is measured both
+ways. "of best" divides ours by the best peer of its precision in that column, whichever way that is. The share of the
+peak is that of the linear layers alone, on real tokens, of what large float32 matrices reach in the same run on these
+cores.
 
 Spearman's correlation, times 100, is over the pairs that were measured. `alone` is the largest difference of an
 embedding made alone from the one made in a batch.
@@ -144,10 +146,11 @@ class Worker:
     first: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, entry: Entry, path: Path, tokenizer: Path, threads: int) -> Worker:
+    def start(cls, entry: Entry, path: Path, tokenizer: Path, threads: int, parallel: int = 1) -> Worker:
         """Start the process and wait until the model is loaded."""
         command = [entry.python, str(HERE / "encoder_worker.py"), entry.engine, str(path)]
         command += ["--tokenizer", str(tokenizer), "--threads", str(threads), "--length", str(LENGTH)]
+        command += ["--parallel", str(parallel)]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -236,8 +239,9 @@ def ours(text: str) -> tuple[Entry, Path]:
 
 
 def show(rows: list[dict[str, Any]], columns: list[str]) -> None:
-    print("| engine | precision | " + " | ".join(f"{column} /s | peak" for column in columns) + " | Spearman | alone |")
-    print("| --- | --- | " + "--- | --- | " * len(columns) + "--- | --- |")
+    titles = " | ".join(f"{column} /s | peak" for column in columns)
+    print(f"| engine | precision | batches at a time | {titles} | Spearman | alone |")
+    print("| --- | --- | --- | " + "--- | --- | " * len(columns) + "--- | --- |")
     for row in rows:
         cells: list[str] = []
         for column in columns:
@@ -248,7 +252,7 @@ def show(rows: list[dict[str, Any]], columns: list[str]) -> None:
                 ]
                 rate += f" ({row['rates'][column] / max(peers):.2f} of best)" if peers else ""
             cells += [rate, f"{row['peak'][column]:.2f}"]
-        print(f"| {row['name']} | {row['precision']} | {' | '.join(cells)} | ", end="")
+        print(f"| {row['name']} | {row['precision']} | {row['parallel']} | {' | '.join(cells)} | ", end="")
         print(f"{row['spearman']:.2f} | {row['alone']:.0e} |")
 
 
@@ -260,6 +264,7 @@ def main() -> None:
     parser.add_argument("--ours", type=ours, action="append", default=[], metavar="NAME=DIR[@ENGINE]")
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="the peers whose names hold a TEXT")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--parallel", type=int, nargs="+", default=[1, 2], help="those that divide the threads")
     parser.add_argument("--orders", nargs="+", choices=["file", "length"], default=["file", "length"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -303,7 +308,8 @@ def measure(
     """Print the table for a number of threads; return its rows."""
     tokenizer = args.model / "tokenizer.json"
     meter = Worker.start(Entry("peak", "peak", "", ""), Path(), tokenizer, threads)
-    workers = [Worker.start(entry, path, tokenizer, threads) for entry, path in paths.items()]
+    ways = [(entry, parallel) for entry, parallel in product(paths, args.parallel) if threads % parallel == 0]
+    workers = [Worker.start(entry, paths[entry], tokenizer, threads, parallel) for entry, parallel in ways]
     peaks = [meter.ask({})["flops"]]
     columns: list[str] = []
     rates: list[dict[str, float]] = [{} for _ in workers]
@@ -320,6 +326,7 @@ def measure(
     rows = [
         {
             "threads": threads,
+            "parallel": ways[at][1],
             "name": worker.entry.name,
             "engine": worker.entry.engine,
             "precision": worker.entry.precision,

@@ -38,6 +38,15 @@ def command(
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Threads to compute with. [default: all cores]")
     ] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Batches to compute at the same time, each on its share of the threads. [default: one for each "
+            "thread, 8 at most]",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE when it exists, once all is done.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -64,6 +73,7 @@ def command(
         max_length=max_length,
         max_new_tokens=max_new_tokens,
         threads=threads,
+        parallel=parallel,
     )
     report = infer(path, data=input, output=output, options=chosen, force=force, reporter=screen.reporter)
     screen.show(report_sections(report), report, summary=True)

@@ -20,6 +20,8 @@ class Session:
     def outputs(self, inputs: Arrays) -> Arrays:
         """Run one full forward pass without past.
 
+        As many threads may call this at once as the session was opened for.
+
         Args:
             inputs: arrays by the model's input names (`input_ids`, `attention_mask`, `pixel_values`…), batch first.
 
@@ -54,6 +56,8 @@ class Runtime:
     """An engine."""
 
     name: ClassVar[str]
+    parallel: ClassVar[bool] = False
+    """Whether a session computes several batches at the same time."""
 
     def version(self) -> str:
         """Return name and version of the engine, such as `onnxruntime 1.31.1`; imports nothing heavy."""
@@ -63,12 +67,14 @@ class Runtime:
         """Return whether `directory` holds an artifact for this engine; looks at file names only."""
         raise NotImplementedError
 
-    def open(self, directory: Path, *, threads: int | None = None) -> Session:
+    def open(self, directory: Path, *, threads: int | None = None, parallel: int = 1) -> Session:
         """Load the artifact.
 
         Args:
             directory: the artifact.
             threads: number of threads to compute with, all cores when None.
+            parallel: batches that will be computed at the same time, each on its share of the threads; 1 where the
+                runtime is not `parallel`.
 
         Raises:
             LlmoptError: it does not load; the engine's own message is in `where`.

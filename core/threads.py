@@ -33,6 +33,11 @@ def fixed(number: int) -> Generator[None]:
         _numbers.pop()
 
 
+def cores() -> int:
+    """Return how many cores the process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def take_turns(number: int) -> bool:
     """Return whether so many threads are more than the process has cores: then one that waits must not spin."""
-    return number > (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return number > cores()

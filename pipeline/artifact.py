@@ -52,13 +52,13 @@ class Artifact:
         )
 
 
-def opened_whole(runtime: Runtime, directory: Path, *, threads: int | None = None) -> Session:
-    """Open an artifact in its runtime, with the adapter that lies beside it.
+def opened_whole(runtime: Runtime, directory: Path, *, threads: int | None = None, parallel: int = 1) -> Session:
+    """Open an artifact in its runtime, with the adapter that lies beside it; see `Runtime.open`.
 
     Raises:
         LlmoptError: one of them does not load.
     """
-    session = runtime.open(directory, threads=threads)
+    session = runtime.open(directory, threads=threads, parallel=parallel)
     adapter = directory / FOLDER
     if (adapter / CONFIG).is_file():
         session.adapt(adapter)

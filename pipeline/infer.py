@@ -7,7 +7,8 @@ file. A finished window is on disk; a run that was killed begins with the one af
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -19,7 +20,8 @@ import msgspec
 from ..calibration.records import Document
 from ..core.errors import UsageError
 from ..core.progress import Reporter, Step
-from ..core.runtime import Session
+from ..core.runtime import Runtime, Session
+from ..core.threads import cores
 from ..models.locate import read_config
 from ..models.outline import has_tokenizer
 from ..models.text import load_tokenizer
@@ -27,7 +29,7 @@ from .artifact import Artifact, open_artifact, opened_whole
 from .background import in_background
 from .batching import SIZE, BatchingParams, Cost, padded_tokens
 from .costs import SECONDS, measure_costs
-from .jobs import Generation, Job, job_of
+from .jobs import Generation, Job, Row, job_of
 from .journal import ENDINGS, Journal, Totals, check_file, key_of
 from .output import file_records
 from .texts import Encoded, Encoder, Texts, longest_text, open_texts
@@ -41,6 +43,12 @@ _ALONE = 32
 _PROFILE_SECONDS = 0.001
 """How long costs may be measured for each text of the file."""
 
+_MOST_PARALLEL = 8
+"""Batches at a time where nothing is said: each has its intermediate results in memory."""
+
+_Computed = tuple[list[Row], float]
+"""The rows of a batch, and the seconds that it took."""
+
 
 @dataclass(frozen=True, slots=True)
 class InferOptions:
@@ -53,6 +61,7 @@ class InferOptions:
         max_length: tokens kept of a text; as many as the model takes when None.
         max_new_tokens: tokens to generate, where text is generated.
         threads: threads to compute with, all cores when None.
+        parallel: batches computed at the same time, each on its share of the threads; see `_parallel` when None.
     """
 
     column: str | None = None
@@ -61,6 +70,7 @@ class InferOptions:
     max_length: int | None = None
     max_new_tokens: int | None = None
     threads: int | None = None
+    parallel: int | None = None
 
 
 def infer(
@@ -96,12 +106,17 @@ def infer(
     if done:
         reporter.note(f"{done} of {count} texts were computed by an earlier run")
     runtime = artifact.runtime()
-    session = opened_whole(runtime, artifact.directory, threads=options.threads)
+    parallel = _parallel(runtime, job, options)
+    session = opened_whole(runtime, artifact.directory, threads=options.threads, parallel=parallel)
     try:
-        with reporter.step(f"computing {job.title} in {runtime.name}", count) as step:
+        with (
+            reporter.step(f"computing {job.title} in {runtime.name}", count) as step,
+            ThreadPoolExecutor(parallel) as pool,
+        ):
             step.advance(done)
             budget = min(SECONDS, _PROFILE_SECONDS * count)
-            run = _Run(session, job, encoder, options.batching or BatchingParams(), step, journal, budget)
+            each = pool.map if parallel > 1 else map
+            run = _Run(session, job, encoder, options.batching or BatchingParams(), step, journal, budget, each)
             for window in _windows(islice(texts.read(job.tokenizer), done, None), _ALONE if job.alone else WINDOW):
                 run.window(window)
         journal.finish()
@@ -109,6 +124,7 @@ def infer(
         session.close()
     _tell(journal.totals, reporter)
     about = {"path": path, "runtime": runtime.version(), "output": str(output), "results": job.title}
+    about |= {"parallel_batches": parallel}
     return {**about, "texts": journal.totals.texts, "resumed_texts": done, **run.report()}
 
 
@@ -145,6 +161,27 @@ def _prepare(artifact: Artifact, options: InferOptions) -> tuple[Job, Encoder]:
     reserved = job.new_tokens if isinstance(job, Generation) and not config.get("is_encoder_decoder") else 0
     longest = longest_text(directory, config, options.max_length, reserved=reserved)
     return job, Encoder(job.tokenizer, longest, places=job.places)
+
+
+def _parallel(runtime: Runtime, job: Job, options: InferOptions) -> int:
+    """Return how many batches to compute at the same time: where they can be, one for each thread, up to eight.
+
+    A batch on one core wastes nothing on waiting for the other cores, so several of them side by side are faster.
+
+    Raises:
+        UsageError: more were asked for than there can be.
+    """
+    threads = options.threads or cores()
+    able = runtime.parallel and not job.alone
+    if options.parallel is None:
+        return min(threads, _MOST_PARALLEL) if able else 1
+    if options.parallel > 1 and not able:
+        reason = f"it gives {job.title}, one after the other" if job.alone else f"{runtime.name} computes one at a time"
+        raise UsageError("batches cannot be computed side by side here", where=reason, hint="leave --parallel out")
+    if options.parallel > threads:
+        where = f"--parallel {options.parallel}, with {threads} thread{'s' if threads > 1 else ''}"
+        raise UsageError("there are more batches at a time than threads", where=where, hint=f"use --parallel {threads}")
+    return options.parallel
 
 
 def _count(texts: Texts, tokenizer: Any, reporter: Reporter) -> int:
@@ -197,6 +234,7 @@ class _Run:
         step: told of every batch.
         journal: given the rows.
         budget: seconds that costs may be measured for.
+        each: calls a function with each batch, some at the same time, and gives what it returns in their order.
     """
 
     session: Session
@@ -206,6 +244,7 @@ class _Run:
     step: Step
     journal: Journal
     budget: float
+    each: Callable[[Callable[[list[int]], _Computed], list[list[int]]], Iterable[_Computed]]
     _cost: Cost | None = None
     _profile: float = 0.0
     _latencies: list[float] = field(default_factory=list[float])
@@ -225,12 +264,17 @@ class _Run:
         batches = [[at] for at in range(len(places))] if self.job.alone else self.batching.make(lengths, self._cost)
         first = self.journal.totals.texts
         lines = [self._line(first + at, self.job.nothing) for at in range(len(texts))]
-        for batch in sorted(batches, key=lambda batch: max(lengths[at] for at in batch), reverse=True):
-            chosen = [places[at] for at in batch]
+
+        def compute(chosen: list[int]) -> _Computed:
             begun = time.perf_counter()
             rows = self.job.run(self.session, [encoded[place] for place in chosen])
-            self._latencies.append(time.perf_counter() - begun)
-            for place, row in zip(chosen, rows, strict=True):
+            return rows, time.perf_counter() - begun
+
+        longest_first = sorted(batches, key=lambda batch: max(lengths[at] for at in batch), reverse=True)
+        chosen = [[places[at] for at in batch] for batch in longest_first]
+        for batch, (rows, seconds) in zip(chosen, self.each(compute, chosen), strict=True):
+            self._latencies.append(seconds)
+            for place, row in zip(batch, rows, strict=True):
                 lines[place] = self._line(first + place, row)
             self.step.advance(len(batch))
         self.step.advance(len(texts) - len(places))

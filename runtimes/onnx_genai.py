@@ -36,7 +36,13 @@ class OnnxGenAI(Runtime):
         """Return whether there is a GenAI configuration."""
         return (directory / CONFIG).is_file()
 
-    def open(self, directory: Path, *, threads: int | None = None) -> GenAISession:
+    def open(
+        self,
+        directory: Path,
+        *,
+        threads: int | None = None,
+        parallel: int = 1,  # noqa: ARG002
+    ) -> GenAISession:
         """Load the folder.
 
         Raises:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..core.errors import LlmoptError
 from ..core.graph import SHARED_CACHE
 from ..core.runtime import Arrays, Runtime, Session
-from ..core.threads import take_turns
+from ..core.threads import cores, take_turns
 from ..core.untrusted import read_json
 from ..graphs.limits import check_graph_file
 from .versions import installed
@@ -28,6 +28,7 @@ class OnnxRuntime(Runtime):
     """The CPU engine of ONNX Runtime."""
 
     name: ClassVar[str] = "onnxruntime"
+    parallel: ClassVar[bool] = True
 
     def version(self) -> str:
         """Return name and version."""
@@ -37,13 +38,15 @@ class OnnxRuntime(Runtime):
         """Return whether there is a graph, and no GenAI configuration beside it."""
         return (directory / GRAPH).is_file() and not (directory / "genai_config.json").is_file()
 
-    def open(self, directory: Path, *, threads: int | None = None) -> OnnxSession:
+    def open(self, directory: Path, *, threads: int | None = None, parallel: int = 1) -> OnnxSession:
         """Load the graph.
 
         Raises:
             LlmoptError: it does not load.
         """
-        return self.open_graph(directory / GRAPH, threads=threads)
+        # A batch computes on the thread that asks for it and on the session's pool, which is empty with one thread.
+        alone = parallel > 1 and parallel >= (threads or cores())
+        return self.open_graph(directory / GRAPH, threads=1 if alone else threads)
 
     def open_graph(self, path: Path, *, threads: int | None = None) -> OnnxSession:
         """Load a graph by any name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ class OpenVino(Runtime):
     """The CPU engine of OpenVINO."""
 
     name: ClassVar[str] = "openvino"
+    parallel: ClassVar[bool] = True
 
     def version(self) -> str:
         """Return name and version."""
@@ -36,7 +38,7 @@ class OpenVino(Runtime):
         """Return whether there is a model for OpenVINO."""
         return (directory / MODEL).is_file()
 
-    def open(self, directory: Path, *, threads: int | None = None) -> OpenVinoSession:
+    def open(self, directory: Path, *, threads: int | None = None, parallel: int = 1) -> OpenVinoSession:
         """Load the model.
 
         Raises:
@@ -52,7 +54,7 @@ class OpenVino(Runtime):
             known = model.has_rt_info(_PRECISION)
             precision = str(model.get_rt_info(_PRECISION).astype(str)) if known else "f32"
             # Without a word from us it computes in bfloat16 where the processor can.
-            settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1}
+            settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": parallel}
             if threads is not None:
                 settings["INFERENCE_NUM_THREADS"] = threads
             compiled = core.compile_model(model, "CPU", settings)
@@ -80,10 +82,11 @@ class _Value:
 
 
 class _Compiled:
-    """A compiled model that answers as a session of ONNX Runtime does."""
+    """A compiled model that answers as a session of ONNX Runtime does; each thread has a request of its own."""
 
     def __init__(self, compiled: Any, directory: Path) -> None:
-        self._request = compiled.create_infer_request()
+        self._compiled = compiled
+        self._requests = threading.local()
         self._directory = directory
         self._inputs = [_value(port) for port in compiled.inputs]
         self._outputs = [_value(port) for port in compiled.outputs]
@@ -99,7 +102,9 @@ class _Compiled:
     def run(self, names: Sequence[str], feed: Mapping[str, Any]) -> list[np.ndarray[Any, Any]]:
         """Compute the outputs called `names`."""
         with _errors("the model does not run", self._directory):
-            results = self._request.infer(dict(feed), share_inputs=True)
+            if not hasattr(self._requests, "own"):
+                self._requests.own = self._compiled.create_infer_request()
+            results = self._requests.own.infer(dict(feed), share_inputs=True)
             return [results[name].copy() for name in names]
 
 

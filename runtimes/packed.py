@@ -40,7 +40,13 @@ class PackedCodes(Runtime):
         """Return whether `directory` is a GPTQ or AWQ folder, as its config.json says."""
         return is_model_folder(directory) and quant_method(directory) in PACKED
 
-    def open(self, directory: Path, *, threads: int | None = None) -> TransformersSession:
+    def open(
+        self,
+        directory: Path,
+        *,
+        threads: int | None = None,
+        parallel: int = 1,  # noqa: ARG002
+    ) -> TransformersSession:
         """Unpack the weights and give them to transformers, in float32."""
         return load(directory, threads=threads, weights=lambda: dequantized(directory))
 

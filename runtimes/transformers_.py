@@ -103,7 +103,13 @@ class Transformers(Runtime):
         """Return whether `directory` is a Hugging Face model folder with safetensors that transformers reads alone."""
         return is_model_folder(directory) and quant_method(directory) not in PACKED
 
-    def open(self, directory: Path, *, threads: int | None = None) -> TransformersSession:
+    def open(
+        self,
+        directory: Path,
+        *,
+        threads: int | None = None,
+        parallel: int = 1,  # noqa: ARG002
+    ) -> TransformersSession:
         """Load the folder with `from_pretrained`, in float32."""
         return load(directory, threads=threads)
 

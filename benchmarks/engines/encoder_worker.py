@@ -1,9 +1,10 @@
 """Load an encoder in one engine, then embed texts on command; runs in the engine's environment without llmopt.
 
-    python benchmarks/engines/encoder_worker.py ENGINE PATH --tokenizer FILE [--threads 1] [--length 256]
+    python benchmarks/engines/encoder_worker.py ENGINE PATH --tokenizer FILE [--threads 1] [--parallel 1] [--length 256]
 
 ENGINE is torch, onnxruntime, openvino, openvino-bf16, ctranslate2, ctranslate2-int8, or peak, which embeds nothing. The
-worker keeps to the last THREADS of the cores that it may use. It prints a JSON line when it is ready, and one for each
+worker keeps to the last THREADS of the cores that it may use, and divides them among as many batches at a time as
+--parallel says, in the engine's own way where it has one. It prints a JSON line when it is ready, and one for each
 line that it reads:
 
     {"batches": [[TEXT, ...], ...], "save": FILE}  ->  {"seconds": S}
@@ -18,7 +19,9 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +76,11 @@ def graph_in(folder: Path) -> str:
     return str((found or sorted(folder.glob("*.onnx")))[0])
 
 
-def torch_(path: Path, threads: int) -> Callable[[Any, Any], Any]:
+def torch_(path: Path, threads: int, parallel: int) -> Callable[[Any, Any], Any]:
     import torch
     from transformers import AutoModel
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads // parallel)
     model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
 
     def run(ids: Any, mask: Any) -> Any:
@@ -88,47 +91,50 @@ def torch_(path: Path, threads: int) -> Callable[[Any, Any], Any]:
     return run
 
 
-def onnxruntime(path: Path, threads: int) -> Callable[[Any, Any], Any]:
+def onnxruntime(path: Path, threads: int, parallel: int) -> Callable[[Any, Any], Any]:
     import onnxruntime as library
 
     options = library.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads // parallel, 1
     session = library.InferenceSession(graph_in(path), options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
     output = wanted([value.name for value in session.get_outputs()])
     return lambda ids, mask: result({output: session.run([output], feeds(names, ids, mask))[0]}, mask)
 
 
-def openvino(path: Path, threads: int, precision: str) -> Callable[[Any, Any], Any]:
+def openvino(path: Path, threads: int, parallel: int, precision: str) -> Callable[[Any, Any], Any]:
     import openvino as library
 
     settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY" if parallel == 1 else "THROUGHPUT",
+        "NUM_STREAMS": parallel,
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": precision,
         "ENABLE_CPU_PINNING": False,
     }
     core = library.Core()
     compiled = core.compile_model(core.read_model(graph_in(path)), "CPU", settings)
-    request = compiled.create_infer_request()
+    requests = threading.local()
     names = [value.any_name for value in compiled.inputs]
     outputs = {name: value for value in compiled.outputs for name in value.get_names()}
     output = wanted(list(outputs) or [""])
     port = outputs[output]
 
     def run(ids: Any, mask: Any) -> Any:
-        answer = request.infer(feeds(names, ids, mask), share_inputs=True, share_outputs=True)
+        if not hasattr(requests, "own"):
+            requests.own = compiled.create_infer_request()
+        answer = requests.own.infer(feeds(names, ids, mask), share_inputs=True, share_outputs=True)
         return result({output: answer[port]}, mask)
 
     return run
 
 
-def ctranslate2(path: Path, threads: int, kind: str) -> Callable[[Any, Any], Any]:
+def ctranslate2(path: Path, threads: int, parallel: int, kind: str) -> Callable[[Any, Any], Any]:
     import ctranslate2 as library
     import numpy as np
 
-    encoder = library.Encoder(str(path), device="cpu", compute_type=kind, inter_threads=1, intra_threads=threads)
+    share = {"inter_threads": parallel, "intra_threads": threads // parallel}
+    encoder = library.Encoder(str(path), device="cpu", compute_type=kind, **share)
 
     def run(ids: list[list[int]], mask: Any) -> Any:
         return pooled(np.array(encoder.forward_batch(ids).last_hidden_state), mask)
@@ -136,15 +142,15 @@ def ctranslate2(path: Path, threads: int, kind: str) -> Callable[[Any, Any], Any
     return run
 
 
-def load(engine: str, path: Path, threads: int) -> Callable[[Any, Any], Any]:
+def load(engine: str, path: Path, threads: int, parallel: int) -> Callable[[Any, Any], Any]:
     kind, _, precision = engine.partition("-")
     if kind == "torch":
-        return torch_(path, threads)
+        return torch_(path, threads, parallel)
     if kind == "onnxruntime":
-        return onnxruntime(path, threads)
+        return onnxruntime(path, threads, parallel)
     if kind == "openvino":
-        return openvino(path, threads, precision or "f32")
-    return ctranslate2(path, threads, precision or "float32")
+        return openvino(path, threads, parallel, precision or "f32")
+    return ctranslate2(path, threads, parallel, precision or "float32")
 
 
 def peak(threads: int) -> float:
@@ -167,6 +173,7 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--length", type=int, default=256)
     args = parser.parse_args()
     pin(args.threads)
@@ -189,7 +196,7 @@ def main() -> None:
     tokenizer.enable_truncation(args.length)
     ragged = args.engine.startswith("ctranslate2")  # takes lists of unequal lengths
     tokenizer.enable_padding()
-    run = load(args.engine, args.path, args.threads)
+    run = load(args.engine, args.path, args.threads, args.parallel)
 
     def embed(texts: list[str]) -> Any:
         encoded = tokenizer.encode_batch(texts)
@@ -202,14 +209,16 @@ def main() -> None:
 
     embed(["one", "two words"])
     say({"ready": True})
-    for line in sys.stdin:
-        order = json.loads(line)
-        started = time.perf_counter()
-        rows = [embed(batch) for batch in order["batches"]]
-        seconds = time.perf_counter() - started
-        if order.get("save"):
-            np.save(order["save"], np.concatenate(rows))
-        say({"seconds": seconds})
+    with ThreadPoolExecutor(args.parallel) as pool:
+        each = pool.map if args.parallel > 1 else map
+        for line in sys.stdin:
+            order = json.loads(line)
+            started = time.perf_counter()
+            rows = list(each(embed, order["batches"]))
+            seconds = time.perf_counter() - started
+            if order.get("save"):
+                np.save(order["save"], np.concatenate(rows))
+            say({"seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ class Heard(Silent):
 
 def run(artifact: Path, data: Path, output: Path, *, reporter: Any = None, force: bool = False, **options: Any):
     batching = {name: options.pop(name) for name in ("batching", "batch_size", "max_batch_tokens") if name in options}
-    chosen = InferOptions(**options, threads=1, batching=BatchingParams(**batching) if batching else None)
+    options = {"threads": 1, **options}
+    chosen = InferOptions(**options, batching=BatchingParams(**batching) if batching else None)
     report = infer(
         str(artifact), data=str(data), output=output, options=chosen, force=force, reporter=reporter or Heard()
     )
@@ -107,6 +108,41 @@ def test_embeddings_come_in_the_order_of_the_texts(artifacts, texts, tmp_path, m
     assert report["fill_ratio"] == report["tokens"] / report["padded_tokens"]
     assert report["p50_batch_seconds"] <= report["p95_batch_seconds"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "texts.jsonl"]
+
+
+@pytest.mark.parametrize("export", ["onnx", "openvino"])
+def test_batches_side_by_side_give_the_same(texts, tmp_path, export):
+    """Three batches at a time, on three threads; one thread computes each, as when there is one alone."""
+    save_sentence_folder(tmp_path / "model")
+    build(recipe(tmp_path / "model", export=(export, {})), tmp_path / "out")
+    small = {"batching": "sorted", "batch_size": 2}
+    one, expected = run(tmp_path / "out", texts, tmp_path / "one.jsonl", **small)
+    three, rows = run(tmp_path / "out", texts, tmp_path / "three.jsonl", threads=3, **small)
+    assert rows == expected
+    assert [report["parallel_batches"] for report in (one, three)] == [1, 3]
+    assert three["batches"] == one["batches"] == 12
+
+
+def test_an_error_beside_others_ends_the_run(artifacts, texts, tmp_path, monkeypatch):
+    def outputs(self, inputs):
+        raise LlmoptError("no more")
+
+    monkeypatch.setattr(OnnxSession, "outputs", outputs)
+    with pytest.raises(LlmoptError, match="no more"):
+        run(artifacts("bert", "sentence"), texts, tmp_path / "out.jsonl", threads=2, batch_size=2)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_more_at_a_time_than_there_can_be(artifacts, texts, tmp_path):
+    with pytest.raises(UsageError, match="more batches at a time than threads") as refused:
+        run(artifacts("bert", "sentence"), texts, tmp_path / "out.jsonl", threads=2, parallel=3)
+    assert refused.value.hint == "use --parallel 2"
+    with pytest.raises(UsageError, match="side by side"):
+        run(artifacts("llama", "LlamaForCausalLM"), texts, tmp_path / "out.jsonl", threads=2, parallel=2)
+    save_sentence_folder(tmp_path / "model")
+    with pytest.raises(UsageError, match="side by side") as refused:
+        run(tmp_path / "model", texts, tmp_path / "out.jsonl", threads=2, parallel=2)
+    assert "transformers computes one at a time" in refused.value.where
 
 
 def test_every_kind_of_file_gives_the_same(artifacts, texts, tmp_path):
