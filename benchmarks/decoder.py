@@ -34,6 +34,7 @@ LAST = {"last_logits": True}
 EXPORTS: dict[str, tuple[tuple[Step, ...], Step]] = {
     "fused": ((), Step("onnx", LAST)),
     "fused, padding left": ((Step("fuse", {"padding": "left"}),), Step("onnx", LAST)),
+    "fused, padding right": ((Step("fuse", {"padding": "right"}),), Step("onnx", LAST)),
     "fused, all logits": ((), Step("onnx", {})),
     "not fused": ((), Step("onnx", LAST | {"fuse": False})),
     "GenAI's graph": ((), Step("onnx-genai", {})),

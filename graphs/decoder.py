@@ -11,6 +11,8 @@ ONNX Runtime 1.31 on a CPU, found by trial:
    queries and keys are rotated in front of it. It can also count by itself, by the places in the cache. What attention
    sees is how far two tokens are apart, so that is the same where no padding stands between tokens, as it does when a
    text padded on the right goes on. Then it takes queries, keys and values side by side too, as one product.
+   Padding on the right it can leave out by itself: told how many tokens each text has, it sees no others, and puts the
+   next one over the first of the padding.
 3. Head sizes are multiples of 8.
 4. Several tokens after a past that is not empty: for a batch of one only. A batch goes on token by token.
 """
@@ -18,7 +20,7 @@ ONNX Runtime 1.31 on a CPU, found by trial:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PAST = "past_key_values."
+Padding = Literal["any", "left", "right"]
+"""Where padding may stand in a batch."""
 
 
 @dataclass(slots=True)
@@ -71,24 +75,24 @@ class _Cache:
         return cls(past, new, value)
 
 
-def group_queries(model: ir.Model, *, positions: int | None, left_padded: bool = False) -> Lowering:
+def group_queries(model: ir.Model, *, positions: int | None, padding: Padding = "any") -> Lowering:
     """Replace each attention over a cache, in place.
 
     Args:
         model: a graph whose attention is `llmopt.Attention`.
         positions: how many positions the model knows, for the tables of its rotary embedding.
-        left_padded: padding stands in front of texts only, so that attention may count positions by itself.
+        padding: on one side only, attention may count positions by itself; on the right, it needs no mask either.
     """
     report = Lowering()
     if not any((value.name or "").startswith(PAST) for value in model.graph.inputs):
         return report
-    lengths, tables = _Lengths(), Tables(model, positions)
+    lengths, tables = _Lengths(behind=padding == "right"), Tables(model, positions)
     for place, attention in enumerate(attentions(model)):
         site = _Site.of(attention)
         if isinstance(site, str):
             report.left.append((f"attention {place}", site))
             continue
-        inputs = _rotate(site, tables, inside=left_padded)
+        inputs = _rotate(site, tables, inside=padding != "any")
         if isinstance(inputs, str):
             report.left.append((f"rotary embedding {place}", inputs))
             inputs = _Inputs()
@@ -98,7 +102,7 @@ def group_queries(model: ir.Model, *, positions: int | None, left_padded: bool =
         _lower(site, inputs, lengths)
         report.attentions += 1
     RemoveUnusedNodesPass()(model)
-    if left_padded:
+    if padding != "any":
         _drop_positions(model.graph)
     if _shares_cache(model.graph):
         model.metadata_props[SHARED_CACHE] = "1"
@@ -289,9 +293,14 @@ def _pack(builder: Builder, parts: Sequence[ir.Value | None]) -> ir.Value | None
 
 
 class _Lengths:
-    """What GroupQueryAttention is told of lengths and padding, made once for a mask."""
+    """What GroupQueryAttention is told of lengths and padding, made once for a mask.
 
-    def __init__(self) -> None:
+    Args:
+        behind: padding stands behind texts only.
+    """
+
+    def __init__(self, *, behind: bool) -> None:
+        self._behind = behind
         self._made: dict[Any, tuple[ir.Value, ir.Value, ir.Value | None]] = {}
 
     def of(self, builder: Builder, mask: Mask, dtype: ir.DataType | None) -> tuple[ir.Value, ir.Value, ir.Value | None]:
@@ -312,6 +321,10 @@ class _Lengths:
         if mask.padding is not None:
             width = op("Shape", mask.padding, start=1, end=2, dtype=ir.DataType.INT64)
         total = op("Cast", width, to=kind, dtype=kind, shape=[1])
+        if self._behind and mask.padding is not None:
+            lengths = op("ReduceSum", op("Cast", mask.padding, to=kind, dtype=kind), minus_one, keepdims=0)
+            last = op("Sub", lengths, b.constant([1], np.int32), dtype=kind, shape=["batch"])
+            return last, op("Squeeze", total, b.constant([0]), shape=[]), None
         # Every text is as long as the longest: what is padding the bias says.
         last = op("Expand", op("Sub", total, b.constant([1], np.int32)), batch, shape=["batch"])
         total = op("Squeeze", total, b.constant([0]), shape=[])

@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..core.errors import LlmoptError
 from .attention import attentions
-from .decoder import group_queries
+from .decoder import Padding, group_queries
 from .folding import quiet
 from .gelu import fuse_tanh_gelus
 from .heads import attend_with_heads
@@ -54,19 +54,19 @@ class Fusion:
     left: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
 
-def fuse_for_onnxruntime(model: ir.Model, *, positions: int | None = None, left_padded: bool = False) -> Fusion:
+def fuse_for_onnxruntime(model: ir.Model, *, positions: int | None = None, padding: Padding = "any") -> Fusion:
     """Put ONNX Runtime's fused operators into the graph, in place.
 
     Args:
         model: a graph whose attention is `llmopt.Attention`.
         positions: how many positions the model knows.
-        left_padded: padding stands in front of texts only.
+        padding: where it may stand in a language model's batch.
     """
     from transformers.exporters import onnxruntime_fusions as theirs
 
     total = len(attentions(model))
     fuse_tanh_gelus(model)
-    lowered = group_queries(model, positions=positions, left_padded=left_padded)
+    lowered = group_queries(model, positions=positions, padding=padding)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("onnxscript").setLevel(logging.ERROR)

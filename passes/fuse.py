@@ -23,10 +23,11 @@ class FuseParams(Params, frozen=True):
     """What the engine may take for granted."""
 
     padding: Annotated[
-        Literal["any", "left"],
+        Literal["any", "left", "right"],
         Meta(
-            description="Where padding may stand in a language model's batch. `left`: in front of texts only, so that "
-            "attention counts positions by itself, which is faster; the graph then has no `position_ids`."
+            description="Where padding may stand in a language model's batch: `left`, in front of texts only, or "
+            "`right`, behind them only. Attention then counts positions by itself, which is faster, and the graph has "
+            "no `position_ids`; on the right it reads no padding either, which is fastest."
         ),
     ] = "any"
     target: Annotated[
@@ -74,9 +75,8 @@ class Fuse(GraphPass[FuseParams]):
                 report = fuse_for_cuda(model.graph)
                 result.notes = _of_cuda()
             else:
-                left_padded = self.params.padding == "left"
                 positions = _positions(model.facts.config)
-                report = fuse_for_onnxruntime(model.graph, positions=positions, left_padded=left_padded)
+                report = fuse_for_onnxruntime(model.graph, positions=positions, padding=self.params.padding)
             result.metrics = {f"{kind}_count": count for kind, count in report.counts.items()}
             result.changed = report.matched
             result.skipped = [Skip(name, reason) for name, reason in report.left]

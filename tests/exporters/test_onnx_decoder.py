@@ -154,19 +154,21 @@ def test_greedy_tokens_are_the_same(name: str, exported: Any):
     assert OnnxRuntime().open(made.folder, threads=1).generate(ids[0].tolist(), 12) == expected[0, 10:].tolist()
 
 
+@pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize(
     "name", ["qwen2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen3", "gpt_neox"))]
 )
-def test_padding_on_the_left_only(name: str, tmp_path: Path):
-    made = export(make_model(FAMILIES[name], num_hidden_layers=1), tmp_path, padding="left")
+def test_padding_on_one_side_only(name: str, padding: str, tmp_path: Path):
+    made = export(make_model(FAMILIES[name], num_hidden_layers=1), tmp_path, padding=padding)
     inside = name != "gpt_neox"  # which turns a part of each head
     assert bool(made.nodes("RotaryEmbedding")) != inside
     assert ("position_ids" in made.names) != inside
     assert made.result.metrics["rotary_count"] == 2
     if name == "qwen2":
         assert len(made.nodes("MatMul")) == 5  # one for queries, keys and values
+    assert bool(made.nodes("Where")) == (padding == "left")  # the mask of the padding
     mask = torch.ones(2, 12, dtype=torch.int64)
-    mask[0, :5] = 0
+    mask[0, slice(5) if padding == "left" else slice(7, None)] = 0
     assert made.difference(tokens(2, 12), mask) < TOLERANCE
     for step in range(3):
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
