@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -122,6 +123,8 @@ class OnnxGenAI(Exporter[OnnxGenAIParams]):
             )
             step.advance(detail="built")
             graph = ir.load(built / GRAPH)
+            # The builder adds the commit of whatever git checkout Python's packages lie in.
+            graph.producer_version = version("onnxruntime-genai")
             _check_logits(graph, all_logits=self.params.all_logits)
             activations = self.params.activations if self.params.target == "cpu" else "float32"
             result.notes += carry_codes(graph, model, activations=activations)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -136,6 +138,20 @@ def test_the_same_model_gives_the_same_bytes_and_nothing_else(tmp_path: Path, ca
         digests.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
     assert digests[0] == digests[1]
     assert capfd.readouterr().out == ""
+
+
+def test_the_graph_says_nothing_of_the_checkout_that_python_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The builder asks git for it, so each commit there would give other bytes."""
+    git, folder = tmp_path / "bin" / "git", tmp_path / "out"
+    git.parent.mkdir()
+    folder.mkdir()
+    git.write_text("#!/bin/sh\necho 0123456789abcdef\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{git.parent}:{os.environ['PATH']}")
+    export(StandIn(tiny("llama"), tokenizer=word_tokenizer()), folder)
+    graph = (folder / "model.onnx").read_bytes()
+    assert version("onnxruntime-genai").encode() in graph
+    assert b"0123456" not in graph
 
 
 def test_unknown_architecture_is_refused(tmp_path: Path):
