@@ -49,6 +49,7 @@ METHODS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "hqq": (("hqq", {}),),
     "awq": (("awq", {}),),
     "gptq": (("gptq", {}),),
+    "gptq, corrected": (("gptq", {"correction": 0.5}),),
     "awq, gptq": (("awq", {"scales_only": True}), ("gptq", {})),
     "autoround": (("autoround", {}),),
 }
@@ -83,6 +84,7 @@ ORDERS = [
     *((f"{grid}: {method}", f"{grid}: rtn") for grid in GRIDS for method in ("gptq", "awq", "autoround")),
     *((f"w4 g32: {method}", f"w4 g64: {method}") for method in METHODS),
     *((f"{grid}: rtn, mse", f"{grid}: rtn") for grid in GRIDS),
+    *((f"{grid}: gptq, corrected", f"{grid}: gptq") for grid in GRIDS),
     ("smooth, w8a8-int8 tensor, mse", "w8a8-int8 tensor, mse"),
     *(
         (f"w2 g32: gptq, adapter of rank {rank}", f"w2 g32: gptq{other}")

@@ -102,7 +102,7 @@ class Block(Protocol):
     def unrounded(self, linear: Linear) -> Tensor:
         """Return the weight of a quantized layer as it was just before, (out_features, in_features) float32.
 
-        Only where a pass of the sweep needs `Need.UNROUNDED`.
+        Only where a pass of the sweep needs `Need.UNROUNDED` or `Need.EXACT_INPUTS`.
         """
         ...
 
@@ -231,5 +231,21 @@ class Block(Protocol):
 
         Raises:
             LlmoptError: an input holds NaN or Inf; it names the layer.
+        """
+        ...
+
+    def collect_pairs(self, stage: Stage, receive: Callable[[Product, Tensor, Tensor | None], None]) -> None:
+        """Run the calibration samples as far as `stage` twice: as `collect` does, and with nothing rounded.
+
+        Only where a pass of the sweep needs `Need.EXACT_INPUTS`.
+
+        Args:
+            stage: as in `collect`.
+            receive: called for each sample and product with its input, (tokens, in_features) float32, and with that of
+                the same tokens when neither this block nor any before it is rounded; None where tokens cannot be told
+                apart, since not all of them come to the product: an expert.
+
+        Raises:
+            LlmoptError: as in `collect`.
         """
         ...

@@ -37,6 +37,7 @@ class Need(StrEnum):
     GRADIENTS = "gradients"
     TEACHER = "teacher"
     UNROUNDED = "weights as they were before they were rounded"
+    EXACT_INPUTS = "the inputs that layers have while nothing is rounded"
 
 
 class Skip(NamedTuple):

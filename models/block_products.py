@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.block import Linear, Product, Stage
 from ..core.errors import LlmoptError
-from .replay import Replay
+from .replay import Replay, hidden_of
 from .skeleton import BlockSite, Skeleton
 from .watch import NormCall, Sighting, Unit, Watch, norm_calls, same_input
 
@@ -76,31 +78,76 @@ class Products:
 
     def collect(self, stage: Stage, receive: Callable[[Product, Tensor], None]) -> None:
         """Run the calibration samples as far as `stage`; see `core.model.Block`."""
+        tokens: Counter[Unit] = Counter()
+
+        def count(product: Product, rows: Tensor) -> None:
+            tokens[self.unit(product.linears[0])] += len(rows)
+            receive(product, rows)
+
+        for index in range(len(self._samples)):
+            self._reach(stage, index, self._samples, count)
+        self._note_experts(stage, tokens)
+
+    def collect_pairs(
+        self,
+        stage: Stage,
+        receive: Callable[[Product, Tensor, Tensor | None], None],
+        exact: Replay,
+        unrounded: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """Run the calibration samples as far as `stage` twice; see `core.block.Block`.
+
+        Args:
+            stage: the products.
+            receive: as there.
+            exact: the samples on their way through blocks that are not rounded.
+            unrounded: has this block computed with the weights that it had before, as long as its context lasts.
+        """
+        tokens: Counter[Unit] = Counter()
+        for index in range(len(self._samples)):
+            ours: dict[Product, list[Tensor]] = {product: [] for product in stage}
+            theirs: dict[Product, list[Tensor]] = {product: [] for product in stage}
+            self._reach(stage, index, self._samples, lambda product, rows, to=ours: to[product].append(rows))
+            with unrounded():
+                self._reach(stage, index, exact, lambda product, rows, to=theirs: to[product].append(rows))
+            every = hidden_of(exact.call(self._site, index)).shape[:-1].numel()
+            for product in stage:
+                unit = self.unit(product.linears[0])
+                alike = unit[1] is None and [len(rows) for rows in ours[product]] == [every] == [
+                    len(rows) for rows in theirs[product]
+                ]
+                for rows in ours[product]:
+                    tokens[unit] += len(rows)
+                    receive(product, rows, theirs[product][0] if alike else None)
+        self._note_experts(stage, tokens)
+
+    def _note_experts(self, stage: Stage, tokens: Mapping[Unit, int]) -> None:
+        units = [self.unit(product.linears[0]) for product in stage]
+        self.expert_tokens.update({unit: tokens[unit] for unit in units if unit[1] is not None})
+
+    def _reach(self, stage: Stage, index: int, samples: Replay, receive: Callable[[Product, Tensor], None]) -> None:
+        """Run one batch as far as `stage`, and no further where it is known to come to each product once."""
         units = {self.unit(product.linears[0]): product for product in stage}
         addresses = {address: unit for address, unit in self._addresses().items() if unit in units}
         single = all(unit[1] is None and self._once.get(unit, False) for unit in units)
-        tokens = dict.fromkeys(units, 0)
-        for index in range(len(self._samples)):
-            missing = set(units)
+        missing = set(units)
 
-            def see(unit: Unit, tensor: Tensor, missing: set[Unit] = missing) -> None:
-                product = units[unit]
-                rows = tensor.reshape(-1, product.in_features)
-                # A sum that is finite proves it without a copy; one that overflows falls to the test.
-                if not (bool(torch.isfinite(rows.sum())) or bool(torch.isfinite(rows).all())):
-                    raise LlmoptError(
-                        f"the input of `{product.linears[0].name}` holds NaN or Inf",
-                        where=f"calibration batch {index + 1} of {len(self._samples)}",  # noqa: B023
-                        hint="the model overflows on this text: check its weights",
-                    )
-                tokens[unit] += len(rows)
-                receive(product, rows)
-                missing.discard(unit)
-                if single and not missing:
-                    raise _Enough
+        def see(unit: Unit, tensor: Tensor) -> None:
+            product = units[unit]
+            rows = tensor.reshape(-1, product.in_features)
+            # A sum that is finite proves it without a copy; one that overflows falls to the test.
+            if not (bool(torch.isfinite(rows.sum())) or bool(torch.isfinite(rows).all())):
+                raise LlmoptError(
+                    f"the input of `{product.linears[0].name}` holds NaN or Inf",
+                    where=f"calibration batch {index + 1} of {len(samples)}",
+                    hint="the model overflows on this text: check its weights",
+                )
+            receive(product, rows)
+            missing.discard(unit)
+            if single and not missing:
+                raise _Enough
 
-            self._run(index, addresses, see)
-        self.expert_tokens.update({unit: seen for unit, seen in tokens.items() if unit[1] is not None})
+        self._run(index, addresses, see, samples=samples)
 
     def norms(self, product: Product) -> list[tuple[str, nn.Module]]:
         """Return the norms whose output a product reads, and the path of each."""
@@ -121,9 +168,10 @@ class Products:
         addresses: dict[int, Unit],
         receive: Callable[[Unit, Tensor], None],
         *,
+        samples: Replay | None = None,
         tokens: int | None = None,
     ) -> None:
-        args, kwargs = self._samples.call(self._site, index, tokens=tokens)
+        args, kwargs = (self._samples if samples is None else samples).call(self._site, index, tokens=tokens)
         with torch.no_grad(), Watch(addresses, receive):
             try:
                 self._site.module(*args, **kwargs)

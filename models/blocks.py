@@ -39,6 +39,7 @@ class LoadedBlock:
         model: gives its weights.
         replay: the calibration samples, None when no pass needs them.
         unrounded: keep weights as they were before they were rounded, in the dtype they are stored in.
+        exact: the calibration samples on their way through blocks that are not rounded, None when no pass needs them.
 
     Attributes:
         results: the quantized layers.
@@ -56,11 +57,13 @@ class LoadedBlock:
         replay: Replay | None,
         *,
         unrounded: bool = False,
+        exact: Replay | None = None,
     ) -> None:
         self._skeleton = skeleton
         self._model = model
         self._site = site
         self._replay = replay
+        self._exact = exact
         self._views = {view.linear: view for view in site.views}
         self.dtype = model.facts.dtype
         self.results: dict[Linear, QuantizedWeight] = {}
@@ -70,7 +73,7 @@ class LoadedBlock:
         self.sparse = {linear.name for linear in self._views if linear.name in model.store.sparse}
         self.errors: dict[Linear, float] = {}
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
-        self._unrounded: dict[Linear, Tensor] | None = {} if unrounded else None
+        self._unrounded: dict[Linear, Tensor] | None = {} if unrounded or exact is not None else None
         self._seen: Products | None = None
         self._producers: dict[Linear, Producer | None] = {}
         self._answers: dict[bool, Answer] = {}
@@ -138,6 +141,21 @@ class LoadedBlock:
         """Return the weight of a quantized layer as it was just before; see `core.block.Block`."""
         assert self._unrounded is not None, "a pass of the sweep needs it"
         return self._unrounded[linear].float()
+
+    @contextmanager
+    def computing_unrounded(self) -> Iterator[None]:
+        """Have the block compute with the weights, inputs and caches that it had before they were rounded."""
+        assert self._unrounded is not None, "a pass of the sweep needs it"
+        skeleton, kept = self._skeleton, (self._skeleton.inputs, self._skeleton.caches)
+        skeleton.inputs, skeleton.caches = {}, {}
+        for linear, weight in self._unrounded.items():
+            self._view(self._views[linear]).copy_(weight)
+        try:
+            yield
+        finally:
+            skeleton.inputs, skeleton.caches = kept
+            for linear in self._unrounded:
+                dequantize_into(self._view(self._views[linear]), self.results[linear])
 
     def adaptable(self, linear: Linear) -> str | None:
         """Return the path of the linear module that the layer is; see `core.block.Block`."""
@@ -296,6 +314,11 @@ class LoadedBlock:
         """Run the calibration samples as far as `stage`; see `core.block.Block`."""
         self._products.collect(stage, receive)
 
+    def collect_pairs(self, stage: Stage, receive: Callable[[Product, Tensor, Tensor | None], None]) -> None:
+        """Run the calibration samples as far as `stage` twice; see `core.block.Block`."""
+        assert self._exact is not None, "a pass of the sweep needs it"
+        self._products.collect_pairs(stage, receive, self._exact, self.computing_unrounded)
+
     @property
     def expert_tokens(self) -> dict[Unit, int]:
         """How many calibration tokens came to each expert."""
@@ -410,12 +433,18 @@ class LoadedBlock:
 
 @contextmanager
 def loaded(
-    skeleton: Skeleton, site: BlockSite, model: TorchModel, replay: Replay | None, *, unrounded: bool = False
+    skeleton: Skeleton,
+    site: BlockSite,
+    model: TorchModel,
+    replay: Replay | None,
+    *,
+    unrounded: bool = False,
+    exact: Replay | None = None,
 ) -> Iterator[LoadedBlock]:
     """Have one block's weights in memory: all at once when samples will run through it, else as they are used."""
     if replay is not None:
         skeleton.load(site.parameters, model.read)
     try:
-        yield LoadedBlock(skeleton, site, model, replay, unrounded=unrounded)
+        yield LoadedBlock(skeleton, site, model, replay, unrounded=unrounded, exact=exact)
     finally:
         skeleton.unload(site.parameters)

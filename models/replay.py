@@ -61,6 +61,7 @@ class Replay:
         skeleton: the model; what lies outside its blocks must be loadable on demand.
         batches: model inputs, rows of equal length in each.
         states: where the outputs of finished blocks are kept.
+        first_stack: number by which `states` knows the first stack, where it keeps those of another replay too.
     """
 
     def __init__(
@@ -68,10 +69,13 @@ class Replay:
         skeleton: Skeleton,
         batches: Sequence[Batch],
         states: States | None = None,
+        *,
+        first_stack: int = 0,
     ) -> None:
         self._skeleton = skeleton
         self._batches = batches
         self._states = States(torch.float32) if states is None else states
+        self._first_stack = first_stack
         self._finished: list[list[BlockSite]] = []
 
     def __len__(self) -> int:
@@ -124,7 +128,7 @@ class Replay:
         for index in range(len(self._batches)):
             args, kwargs = self.call(site, index)
             with torch.no_grad():
-                self._states[stack, index] = site.module(*args, **kwargs)
+                self._states[self._first_stack + stack, index] = site.module(*args, **kwargs)
         if first:
             self._finished.append([])
         self._finished[-1].append(site)
@@ -202,7 +206,7 @@ class Replay:
 
         @cache
         def fetch(stack: int) -> Any:
-            output = self._states[stack, index]
+            output = self._states[self._first_stack + stack, index]
             return output if rows is None else first_rows(output, rows, whole)
 
         return [

@@ -11,10 +11,11 @@ from msgspec import Meta
 from ..core.block import Block, Linear, Product, Stage
 from ..core.passes import Need, PassContext, PassResult, Skip
 from ..core.quantized import Grid
-from .products import among, hessians_of, in_parts, stacked_mask
+from .products import among, hessians_and_drifts_of, hessians_of, in_parts, stacked_mask
 from .weights import WeightParams, WeightPass, largest_weights
 
 if TYPE_CHECKING:
+    from .numerics.correction import Drift
     from .numerics.hessian import Hessian
 
 
@@ -44,6 +45,16 @@ class GptqParams(WeightParams, frozen=True, kw_only=True):
             "before each further time codes are chosen again. By default 2 up to 3 bits, 1 at 4 bits, 0 above.",
         ),
     ] = None
+    correction: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="How far a layer makes up, in its own weight before it is rounded, for what rounding has done "
+            "to its input: 0 not at all, 1 as far as least squares allow. Samples run through each block twice then, "
+            "and the weights of a block are held twice.",
+        ),
+    ] = 0.0
     min_tokens: Annotated[
         float,
         Meta(
@@ -66,12 +77,17 @@ class Gptq(WeightPass[GptqParams]):
     """Round weights column by column, each error compensated in the columns still to come (Frantar et al., 2023).
 
     Layers that see the same input share one Hessian. Inside a block the layers are worked on in the order in which the
-    forward pass reaches them, and every later layer and block sees the outputs of the quantized ones before it.
+    forward pass reaches them, and every later layer and block sees the outputs of the quantized ones before it. With
+    `correction` a layer also makes up for what those have done to its input (GPTAQ, Li et al., 2025).
     """
 
     name = "gptq"
     needs = frozenset({Need.CALIBRATION})
     Params = GptqParams
+
+    def requires(self) -> frozenset[Need]:
+        """Return calibration samples, and for a correction what inputs were before anything was rounded."""
+        return self.needs | {Need.EXACT_INPUTS} if self.params.correction else self.needs
 
     def run_block(self, block: Block, linears: Iterable[Linear], context: PassContext) -> PassResult:
         """Quantize `linears` stage by stage."""
@@ -90,15 +106,22 @@ class Gptq(WeightPass[GptqParams]):
         return result
 
     def _run_stage(self, block: Block, stage: Stage, context: PassContext) -> PassResult:
-        hessians = hessians_of(block, stage)
+        drifts: dict[Product, Drift] = {}
+        if self.params.correction:
+            hessians, drifts = hessians_and_drifts_of(block, stage)
+        else:
+            hessians = hessians_of(block, stage)
         result = PassResult()
         for product in stage:
-            result.absorb(self._quantize(block, product, hessians.pop(product), context))
+            result.absorb(self._quantize(block, product, hessians.pop(product), drifts.pop(product, None), context))
         return result
 
-    def _quantize(self, block: Block, product: Product, hessian: Hessian, context: PassContext) -> PassResult:
+    def _quantize(
+        self, block: Block, product: Product, hessian: Hessian, drift: Drift | None, context: PassContext
+    ) -> PassResult:
         import torch
 
+        from .numerics.correction import corrected
         from .numerics.gptq import gptq
         from .numerics.grid import round_to_nearest
         from .numerics.hessian import factorize
@@ -125,8 +148,12 @@ class Gptq(WeightPass[GptqParams]):
             result.notes.append(f"{names[0]}: damping raised to {factor.damping:g}{precision} for Cholesky to succeed")
         if factor.dead:
             result.notes.append(f"{names[0]}: {factor.dead} of {product.in_features} inputs are always zero")
+        if self.params.correction and drift is None:
+            result.metrics["uncorrected_layers_count"] = len(names)
         for grid, group in _stacks((grid, linear) for linear, grid in grids):
             weight = torch.cat([block.weight(linear) for linear in group]) if len(group) > 1 else block.weight(group[0])
+            if drift is not None:
+                weight = corrected(weight, drift, factor, self.params.correction)
             prefits, refits = self.params.prefits, self._refits(grid.bits)
             top, mask = tops.get(group[0]), stacked_mask(block, group)
             quantized, _ = gptq(

@@ -11,6 +11,7 @@ from ..core.passes import Skip
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .numerics.correction import Drift
     from .numerics.hessian import Hessian
 
 NO_PRODUCER = "nothing before it can take up a scale"
@@ -38,6 +39,27 @@ def hessians_of(block: Block, products: Stage) -> dict[Product, Hessian]:
     if hessians:
         block.collect(products, lambda product, rows: hessians[product].add(rows))
     return hessians
+
+
+def hessians_and_drifts_of(block: Block, products: Stage) -> tuple[dict[Product, Hessian], dict[Product, Drift]]:
+    """Return what `hessians_of` does, and how far the input of each product has moved since nothing was rounded.
+
+    An expert has no drift: which tokens come to it is not the same any more.
+    """
+    from .numerics.correction import Drift
+    from .numerics.hessian import Hessian
+
+    hessians = {product: Hessian(product.in_features) for product in products}
+    drifts: dict[Product, Drift] = {}
+
+    def add(product: Product, rows: Tensor, exact: Tensor | None) -> None:
+        hessians[product].add(rows)
+        if exact is not None:
+            drifts.setdefault(product, Drift(product.in_features)).add(rows, exact)
+
+    if hessians:
+        block.collect_pairs(products, add)
+    return hessians, drifts
 
 
 def in_parts(stage: Stage, nbytes: int) -> list[Stage]:

@@ -87,9 +87,10 @@ def estimate(
         UsageError: it cannot; the message says how much is needed at least.
     """
     base = _INTERPRETER + (0 if calibration is None else _TEXT)
-    calibrated = calibration is not None and any(Need.CALIBRATION in one.requires() for one in passes)
+    calibrated = calibration is not None and _needed(passes, Need.CALIBRATION)
     tokens = calibration.samples * calibration.length if calibration is not None and calibrated else 0
-    states = tokens * _hidden(facts) * min(_FLOAT, _WIDTHS[facts.dtype])
+    ways = 2 if _needed(passes, Need.EXACT_INPUTS) else 1  # through the blocks: rounded, and not
+    states = ways * tokens * _hidden(facts) * min(_FLOAT, _WIDTHS[facts.dtype])
     others = max(
         [*_exports(facts, exporters), _verification(facts), *_whole(facts, passes)], key=lambda phase: phase.nbytes
     )
@@ -130,19 +131,25 @@ def _sweep(facts: ModelFacts, passes: Sequence[AnyPass], tokens: int, statistics
     largest, widest = _largest(facts), max((linear.in_features for linear in facts.linears), default=0)
     if not any(isinstance(one, BlockPass) for one in passes):
         return Phase("no block is worked on", 0)
-    kept, spectrum = 0, 0
-    if any(Need.UNROUNDED in one.requires() for one in passes):
+    kept, spectrum, drift = 0, 0, 0
+    if _needed(passes, Need.UNROUNDED):
         kept = block * width
         spectrum = _SPECTRUM * max((min(one.in_features, one.out_features) for one in facts.linears), default=0) ** 2
     if not tokens:  # the layer that is rounded, and the block's codes, which are copied to be written
         return Phase("the largest block", largest * width + 2 * block + kept + spectrum)
     hessian = _FLOAT * widest**2
+    if _needed(passes, Need.EXACT_INPUTS):
+        kept, drift = block * width, hessian
     hessians = max(hessian, min(statistics, _expert_bytes(facts)))
-    collecting = hessians + _ACTIVATIONS * _FLOAT * tokens * widest
-    rounding = hessians + hessian + 10 * min(_ROWS, largest // max(1, widest)) * widest
+    collecting = hessians + drift + _ACTIVATIONS * _FLOAT * tokens * widest
+    rounding = hessians + drift + hessian + 10 * min(_ROWS, largest // max(1, widest)) * widest
     held = (_FLOAT + 1) * block + kept + min(facts.outside_bytes, _embedding(facts) * width)
     most = max(collecting, rounding, hessians + spectrum)
     return Phase(f"the largest block, its codes and the Hessian of {widest} inputs", held + most)
+
+
+def _needed(passes: Sequence[AnyPass], need: Need) -> bool:
+    return any(need in one.requires() for one in passes)
 
 
 def _exports(facts: ModelFacts, exporters: Sequence[AnyExporter]) -> list[Phase]:

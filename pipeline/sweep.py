@@ -81,9 +81,13 @@ class _Sweep:
         self._tokens: list[int] = []
         self._states: States | None = None
         self._replay: Replay | None = None
+        self._exact: Replay | None = None
         if any(Need.CALIBRATION in one.requires() for one in passes):
             self._states = _states(model, limits, done)
             self._replay = _replay(self._skeleton, rows, limits, self._states)
+        if any(Need.EXACT_INPUTS in one.requires() for one in passes):
+            own = len(self._skeleton.stacks)  # the numbers before are those of the blocks that are rounded
+            self._exact = _replay(self._skeleton, rows, limits, self._states, first_stack=own)
         if self._former:
             self._go_on(self._former)
 
@@ -111,14 +115,19 @@ class _Sweep:
                 raise _no_adapter(one, result)
         return self._results
 
+    @property
+    def _replays(self) -> list[Replay]:
+        return [replay for replay in (self._replay, self._exact) if replay is not None]
+
     def _go_on(self, former: Sequence[Finished]) -> None:
         """Take up what an earlier run had found when it was killed."""
         for one in former:
             _absorb(self._results, one.results)
             self._tokens += one.tokens
-        if self._replay is not None and self._states is not None:
+        if self._states is not None:
             self._states.take_up({(file.stack, file.batch): file for file in former[-1].states})
-            self._replay.take_up(self._skeleton.sites[: len(former)])
+            for replay in self._replays:
+                replay.take_up(self._skeleton.sites[: len(former)])
         first = self._passes[0]
         if isinstance(first, SurveyPass):
             first.take_up(former[-1].findings)
@@ -130,17 +139,26 @@ class _Sweep:
         if following is not None:
             model.checkpoint.prefetch(skeleton.naming.sources_of(following.parameters))
         unrounded = any(Need.UNROUNDED in one.requires() for one in self._passes)
-        with loaded(skeleton, site, model, self._replay, unrounded=unrounded) as block:
+        with loaded(skeleton, site, model, self._replay, unrounded=unrounded, exact=self._exact) as block:
             made = [_run(one, block, self._context) for one in self._passes]
             _absorb(self._results, made)
             if done is not None:
                 done.settle()
-            if self._replay is not None and following is not None:
-                self._replay.finish(site, first=any(site is stack[0] for stack in skeleton.stacks))
+            if following is not None:
+                self._finish(block, site)
             self._tokens += block.expert_tokens.values()
             file = _put(model, block)
             if done is not None:
                 self._write_down(done, block, made, file, time.monotonic() - begun)
+
+    def _finish(self, block: LoadedBlock, site: BlockSite) -> None:
+        """Let what the finished block returns be the next one's inputs."""
+        first = any(site is stack[0] for stack in self._skeleton.stacks)
+        if self._replay is not None:
+            self._replay.finish(site, first=first)
+        if self._exact is not None:
+            with block.computing_unrounded():
+                self._exact.finish(site, first=first)
 
     def _write_down(
         self, done: BlocksDone, block: LoadedBlock, made: list[PassResult], file: StoredFile | None, seconds: float
@@ -215,7 +233,9 @@ def _states(model: TorchModel, limits: Limits, done: BlocksDone | None) -> State
     return States(dtype, done.folder, limits.states_bytes, lasting=True)
 
 
-def _replay(skeleton: Skeleton, rows: Sequence[Sequence[int]], limits: Limits, states: States) -> Replay:
+def _replay(
+    skeleton: Skeleton, rows: Sequence[Sequence[int]], limits: Limits, states: States | None, *, first_stack: int = 0
+) -> Replay:
     if skeleton.model.main_input_name != "input_ids":
         raise UsageError(
             f"{type(skeleton.model).__name__} takes {skeleton.model.main_input_name}, calibration data is text",
@@ -223,7 +243,7 @@ def _replay(skeleton: Skeleton, rows: Sequence[Sequence[int]], limits: Limits, s
         )
     decoder = skeleton.has_decoder
     inputs = batches(rows, decoder=decoder, tokens=limits.batch_tokens)
-    return Replay(skeleton, inputs, states)
+    return Replay(skeleton, inputs, states, first_stack=first_stack)
 
 
 def _run(one: BlockPass[Any], block: LoadedBlock, context: PassContext) -> PassResult:

@@ -45,12 +45,13 @@ def facts(layers):
     )
 
 
-def recipe(method, export="safetensors"):
-    return Recipe(model=ModelSpec(id="m"), calibration=CALIBRATION, passes=(Step(method),), exports=(Step(export),))
+def recipe(method, export="safetensors", **params):
+    passes, exports = (Step(method, params),), (Step(export),)
+    return Recipe(model=ModelSpec(id="m"), calibration=CALIBRATION, passes=passes, exports=exports)
 
 
-def made(method, layers=4, calibration=CALIBRATION, max_memory=None, export="safetensors"):
-    wanted = recipe(method, export)
+def made(method, layers=4, calibration=CALIBRATION, max_memory=None, export="safetensors", **params):
+    wanted = recipe(method, export, **params)
     return estimate(facts(layers), passes_of(wanted), exporters_of(wanted), calibration, max_memory)
 
 
@@ -70,6 +71,15 @@ def test_hidden_states_count_and_go_to_disk():
     limited = made("gptq", calibration=many, max_memory=1500 << 20)
     assert limited.peak_bytes <= 1500 << 20
     assert 0 < limited.limits.states_bytes < states
+
+
+def test_a_correction_holds_hidden_states_and_the_weights_of_a_block_twice():
+    many = msgspec.structs.replace(CALIBRATION, samples=2000)
+    more = [made("gptq", correction=0.5, calibration=one).peak_bytes for one in (CALIBRATION, many)]
+    plain = [made("gptq", calibration=one).peak_bytes for one in (CALIBRATION, many)]
+    states = 8 * 256 * HIDDEN * 2
+    assert more[0] - plain[0] == 2 * BLOCK + 4 * MLP**2 + states
+    assert (more[1] - more[0]) == 2 * (plain[1] - plain[0])
 
 
 def test_batches_become_smaller_before_a_limit_is_refused():

@@ -20,6 +20,7 @@ from llmopt.pipeline.sweep import _Sweep
 from msgspec.structs import replace as with_fields
 
 GPTQ = ("gptq", {"group_size": 32})
+CORRECTED = ("gptq", {"group_size": 32, "correction": 0.5})
 FIVE = (("fold-norms", {}), ("prune-depth", {"layers": [0]}), ("prune-vocab", {}), ("rotate", {}), GPTQ)
 
 
@@ -143,6 +144,11 @@ SWEEPS = {
     "activations": ("llama", [GPTQ, ("quantize-activations", {"scale": "tensor"}), ("quantize-kv", {})]),
     "zeros": ("llama", [("sparsify", {"sparsity": "50%"}), GPTQ]),
     "adapter": ("llama", [GPTQ, ("extract-adapter", {"rank": 3})]),
+    "correction": ("t5", [CORRECTED]),
+    "correction, then activations and an adapter": (
+        "llama",
+        [CORRECTED, ("quantize-activations", {"scale": "tensor"}), ("extract-adapter", {"rank": 3})],
+    ),
     "rtn": ("bert", [("rtn", {"group_size": 32})]),
     "autoround": ("llama", [("autoround", {"group_size": 32, "iterations": 3})]),
 }
