@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Lock
@@ -22,13 +23,20 @@ from .background import in_background
 from .steps import AnyPass
 
 
-def files_read(recipe: Recipe, passes: Iterable[AnyPass], *, written_in: Path | None = None) -> tuple[Read, ...]:
+def files_read(
+    recipe: Recipe,
+    passes: Iterable[AnyPass],
+    *,
+    written_in: Path | None = None,
+    named: Iterable[tuple[str, Path]] = (),
+) -> tuple[Read, ...]:
     """Return every file that is read when a recipe is run; a data set of the hub is none.
 
     Args:
         recipe: what will be run.
         passes: its passes, which say what they read beside the model.
         written_in: the file that holds the recipe, None where no file does.
+        named: files that test data name, behind what the recipe calls the data.
 
     Raises:
         LlmoptError: one of them is not there.
@@ -39,6 +47,7 @@ def files_read(recipe: Recipe, passes: Iterable[AnyPass], *, written_in: Path | 
         found += _of_text("calibration", recipe.calibration.data)
     for spec in recipe.evaluation:
         found += () if spec.data is None else _of_text("evaluation", spec.data)
+    found += (Read("evaluation", data, os.path.relpath(path, Path(data).parent), path) for data, path in named)
     for role, name in (named for one in passes for named in one.inputs()):
         if role == "teacher":
             found += _of_model(role, ModelSpec(id=name, trust_remote_code=recipe.model.trust_remote_code))

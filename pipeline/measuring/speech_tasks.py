@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from ...calibration.fields import Role, Row
+from ...calibration.fields import Fields, Role, Row
 from ...core.errors import LlmoptError
 from ...core.progress import Step
 from ...core.runtime import Session
@@ -22,7 +23,6 @@ class Transcribe(Task):
 
     name = "transcribe"
     settings = frozenset({"max_new_tokens"})
-    beside = True
     title = "speech to text"
     roles = (
         AUDIO,
@@ -33,6 +33,12 @@ class Transcribe(Task):
     def measures(cls, config: Mapping[str, Any], *, sentence: bool) -> bool:  # noqa: ARG003
         """Return whether it writes down speech."""
         return is_speech(config)
+
+    @classmethod
+    def files(cls, fields: Fields, limit: int | None) -> Iterator[Path]:
+        """Yield the sounds."""
+        folder = folder_of(fields.source)
+        return (sound_in(row, folder) for row in fields.rows(limit))
 
     def prepare(self, subject: Subject) -> None:
         """Read paths and texts, and hear every sound once, so that one that cannot be used is met before the work."""

@@ -10,20 +10,29 @@ import pytest
 import torch
 from families import make_tokenizer, save_family
 from helpers import build, recipe
+from llmopt.calibration.records import Record
 from llmopt.core.errors import LlmoptError, UsageError
 from llmopt.core.manifest import RUN
 from llmopt.core.progress import Silent
 from llmopt.core.recipe import EvaluationSpec
 from llmopt.core.runtime import Session
 from llmopt.models.speech import Ear, Speaking, read_sound
+from llmopt.pipeline.artifact import read_run
 from llmopt.pipeline.batching import BatchingParams
+from llmopt.pipeline.cache.store import CacheSettings
 from llmopt.pipeline.infer import infer
 from llmopt.pipeline.inference import InferOptions
+from llmopt.pipeline.measuring import gating
 from llmopt.pipeline.measuring.asking import EvalOptions
 from llmopt.pipeline.measuring.evaluate import evaluate
 from llmopt.pipeline.measuring.tasks import TaskOptions
+from llmopt.pipeline.outdated import why_outdated
+from llmopt.pipeline.plan import make_plan
+from llmopt.pipeline.reads import paths_of
+from llmopt.pipeline.run import run_plan
 from llmopt.pipeline.sound_inference import SoundInference
 from llmopt.pipeline.transcribing import Scribe, transcribe
+from llmopt.pipeline.versions import own_version, versions
 from llmopt.runtimes.transformers_ import Transformers
 from msgspec.structs import replace as with_fields
 from transformers import WhisperFeatureExtractor
@@ -172,6 +181,69 @@ def test_a_gate_limits_the_word_error_rate(whisper, tmp_path):
     build(with_fields(made, gates=("word_error_rate_increase<=20%",), evaluation=(spec,)), tmp_path / "out")
     (gate,) = json.loads((tmp_path / "out" / RUN).read_text())["gates"]
     assert (gate["verdict"], gate["value"]) == ("passed", 0)
+
+
+class TestSoundsAreRead:
+    """The sounds that test data name are in the list of what a run reads, and so in all that follows from it."""
+
+    @pytest.fixture
+    def gated(self, whisper, tmp_path):
+        """Return a recipe with a gate on sounds, and the folder of the sounds."""
+        source, _, data = whisper
+        shutil.copytree(data.parent, tmp_path / "sounds", ignore=shutil.ignore_patterns("model", "out"))
+        spec = EvaluationSpec(data=str(tmp_path / "sounds" / data.name), max_new_tokens=4, samples=5)
+        made = recipe(source, export=("onnx", {}))
+        return with_fields(made, gates=("word_error_rate<=9",), evaluation=(spec,)), tmp_path / "sounds"
+
+    def test_they_are_listed(self, gated):
+        made, folder = gated
+        names = {one.name for one in make_plan(made).reads if one.role == "evaluation"}
+        assert names == {"sounds.jsonl", *(f"{seed}.wav" for seed in range(5))}  # as many as are used
+        assert {folder / "0.wav", folder / "4.wav"} < set(paths_of(make_plan(made).reads))
+
+    def test_data_of_the_hub_is_refused_in_the_plan(self, gated, monkeypatch):
+        made, _ = gated
+        rows = (Record("row", {"audio": "0.wav", "text": "the fox"}) for _ in range(9))
+        monkeypatch.setattr("llmopt.calibration.source.hub_records", lambda spec: rows)
+        hub = with_fields(made.evaluation[0], data="hf:org/name", task="transcribe")
+        with pytest.raises(UsageError, match="cannot be read"):
+            make_plan(with_fields(made, evaluation=(hub,)))
+
+    def test_figures_of_the_same_sounds_are_kept(self, gated, tmp_path, monkeypatch):
+        made, folder = gated
+        asked, ask = [], gating.ask
+        monkeypatch.setattr(gating, "ask", lambda *given: asked.append(1) or ask(*given))
+
+        def gates(name):
+            cache = CacheSettings(tmp_path / "cache")
+            run_plan(make_plan(made), tmp_path / name, force=False, reporter=Silent(), cache=cache)
+            return read_run(tmp_path / name).gates
+
+        assert gates("a") == gates("b")
+        assert len(asked) == 1
+        say(folder / "0.wav", 7)
+        gates("c")
+        assert len(asked) == 2
+        say(folder / "5.wav", 7)  # is not used
+        gates("d")
+        assert len(asked) == 2
+
+    def test_another_sound_makes_an_artifact_outdated(self, gated, tmp_path):
+        made, folder = gated
+        build(made, tmp_path / "out")
+        known = {"llmopt": own_version(), **versions()}
+        assert why_outdated(make_plan(made), tmp_path / "out", known) is None
+        say(folder / "0.wav", 7)
+        assert why_outdated(make_plan(made), tmp_path / "out", known) == f"{folder / '0.wav'} was changed"
+
+    def test_a_sound_that_changes_meanwhile_ends_the_run(self, gated, tmp_path, monkeypatch):
+        made, folder = gated
+        ask = gating.ask
+        monkeypatch.setattr(gating, "ask", lambda *given: say(folder / "1.wav", 9) and ask(*given))
+        with pytest.raises(LlmoptError, match=r"1.wav` was changed while it was read") as refused:
+            build(made, tmp_path / "out")
+        assert refused.value.exit_code == 1
+        assert not (tmp_path / "out").exists()
 
 
 class TestInfer:
