@@ -146,9 +146,10 @@ def open_fields(spec: str, roles: Sequence[Role], named: Mapping[str, str]) -> F
     if found is None:
         missing = [role for role in roles if role.required and fitting(columns, [role], {}) is None]
         lacking = next((role for role in missing if role.name not in named), roles[0])
+        meant = "" if len(roles) == 1 else f"{lacking.name}="
         raise UsageError(
             f"cannot tell which column of `{spec}` holds the {lacking.name}",
             where=f"columns: {', '.join(columns)}",
-            hint=f"name it with --column {lacking.name}=NAME; found by itself: {', '.join(lacking.usual[:6])}",
+            hint=f"name it with --column {meant}NAME; found by itself: {', '.join(lacking.usual[:6])}",
         )
     return Fields(source, found, unnamed=columns == [str(place) for place in range(len(columns))] and not named)

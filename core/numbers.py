@@ -59,12 +59,18 @@ def seconds(value: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def points(value: float) -> str:
+    """Return a difference of shares of one in percentage points."""
+    return f"{number(100 * value)} points"
+
+
 _BY_ENDING: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("_bytes", size),
     ("bytes", size),
     ("_seconds", seconds),
     ("seconds", seconds),
     ("_share", share),
+    ("_points", points),
     ("agreement", share),
     ("_ms", lambda value: f"{number(value)} ms"),
     ("_nats", lambda value: f"{number(value)} nats"),
@@ -79,7 +85,7 @@ def labelled(name: str, value: Any) -> tuple[str, str]:
     if rate := _RATE.fullmatch(name):
         return rate["of"] or "speed", plain(name, value)
     label = name.replace("_", " ")
-    for unit in ("bytes", "seconds", "ms", "nats", "share"):
+    for unit in ("bytes", "seconds", "ms", "nats", "share", "points"):
         label = label.removesuffix(f" {unit}")
     return " ".join(_SPELT.get(word, word) for word in label.split(" ")), plain(name, value)
 
@@ -107,7 +113,7 @@ def plain(name: str, value: Any) -> str:
 
 _BY_UNIT: dict[str, Callable[[float], str]] = {
     "share": share,
-    "points": lambda value: f"{number(100 * value)} points",
+    "points": points,
     "nats": lambda value: f"{number(value)} nats",
     "bytes": size,
     "seconds": seconds,

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 _SETTINGS = "preprocessor_config.json"
+_MAKE = "give WAV files of 16 bits: ffmpeg -i SOUND -ar 16000 -ac 1 -c:a pcm_s16le SOUND.wav"
+_UNKNOWN = 0x7FFF0000
+"""As many bytes of sound, or more, stand in the header of a file whose writer did not know its length: a pipe."""
 
 
 def is_speech(config: Mapping[str, Any]) -> bool:
@@ -24,10 +27,33 @@ def is_speech(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == "whisper"
 
 
-def read_sound(path: Path) -> tuple[Array, int]:
-    """Return the samples of a WAV file of 16 bits, (samples,), float32 from -1 to 1, and how many a second has.
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """What a WAV file holds.
 
-    Channels are averaged.
+    Attributes:
+        samples: from -1 to 1, (samples,), float32; channels are averaged.
+        rate: samples a second.
+        length: samples of the whole file, of which `samples` may be the beginning; as many as were read where its
+            header does not tell.
+    """
+
+    samples: Array
+    rate: int
+    length: int
+
+    @property
+    def seconds(self) -> float:
+        """How long the whole file is."""
+        return self.length / self.rate
+
+
+def read_sound(path: Path, most: int | None = None) -> Sound:
+    """Return what a WAV file of 16 bits holds.
+
+    Args:
+        path: the file.
+        most: samples that are read, all when None.
 
     Raises:
         LlmoptError: there is no such file, or it is another one.
@@ -37,22 +63,28 @@ def read_sound(path: Path) -> tuple[Array, int]:
     try:
         with wave.open(str(path), "rb") as sound:
             rate, width, channels = sound.getframerate(), sound.getsampwidth(), sound.getnchannels()
-            data = sound.readframes(sound.getnframes()) if width == 2 else b""
-    except (OSError, EOFError, wave.Error) as error:
+            frame, told = width * channels, sound.getnframes()
+            wanted = told if most is None else min(told, most)
+            # What a header tells may be gigabytes more than there is.
+            data = sound.readframes(min(wanted, path.stat().st_size // frame)) if width == 2 else b""
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise _unheard(path, why, hint="name it by its path from the folder of the data") from None
+    except (EOFError, wave.Error) as error:
         raise _unheard(path, str(error) or "it ends too early") from None
     if width != 2:
         raise _unheard(path, f"it has {8 * width} bits a sample")
-    if not data or len(data) % (2 * channels):
-        raise _unheard(path, f"it holds {len(data)} bytes of sound in {channels} channels")
-    return np.frombuffer(data, "<i2").reshape(-1, channels).mean(1, dtype=np.float32) / 32768, rate
+    if not data or len(data) % frame or not rate:
+        raise _unheard(path, f"it holds {len(data)} bytes of sound in {channels} channels, {rate} samples a second")
+    whole, read = told * frame < _UNKNOWN, len(data) // frame
+    if whole and read < wanted:
+        raise _unheard(path, f"it ends too early: {read} of {told} samples are there")
+    samples = np.frombuffer(data, "<i2").reshape(-1, channels).mean(1, dtype=np.float32) / 32768
+    return Sound(samples, rate, told if whole else read)
 
 
-def _unheard(path: Path, why: str) -> LlmoptError:
-    return LlmoptError(
-        f"`{path.name}` is no sound that can be read",
-        where=f"{path}\n{why}",
-        hint="give WAV files of 16 bits: ffmpeg -i SOUND -ar 16000 -ac 1 -c:a pcm_s16le SOUND.wav",
-    )
+def _unheard(path: Path, why: str, *, hint: str = _MAKE) -> LlmoptError:
+    return LlmoptError(f"`{path.name}` is no sound that can be read", where=f"{path}\n{why}", hint=hint)
 
 
 class Ear:
@@ -80,26 +112,30 @@ class Ear:
                 hint=f"put {_SETTINGS} beside the weights",
             ) from None
 
-    def features(self, path: Path) -> Array:
-        """Return a sound's features, (1, mel bands, frames), float32.
+    def listen(self, path: Path) -> Sound:
+        """Return a sound that the model can hear; of one that is too long no more is read than shows that it is.
 
         Raises:
             LlmoptError: it cannot be read, has another sampling rate, or is longer than the model hears at once.
         """
-        sound, rate = read_sound(path)
-        if rate != self.rate:
+        sound = read_sound(path, self.longest + 1)
+        if sound.rate != self.rate:
             raise LlmoptError(
-                f"`{path.name}` has {rate} samples a second, the model hears {self.rate}",
+                f"`{path.name}` has {sound.rate} samples a second, the model hears {self.rate}",
                 where=str(path),
                 hint=f"resample it: ffmpeg -i {path.name} -ar {self.rate} SOUND.wav",
             )
-        if len(sound) > self.longest:
+        if sound.length > self.longest:
             raise LlmoptError(
                 f"`{path.name}` is longer than the model hears at once",
-                where=f"{path}\n{len(sound) / rate:.1f} s; it hears {self.longest / rate:.1f} s",
+                where=f"{path}\n{sound.seconds:.1f} s; it hears {self.longest / self.rate:.1f} s",
                 hint="cut it into pieces",
             )
-        return self._extractor(sound, sampling_rate=rate, return_tensors="np")["input_features"]
+        return sound
+
+    def features(self, sound: Sound) -> Array:
+        """Return what the model hears of a sound, (1, mel bands, frames), float32."""
+        return self._extractor(sound.samples, sampling_rate=sound.rate, return_tensors="np")["input_features"]
 
 
 @dataclass(frozen=True, slots=True)

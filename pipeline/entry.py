@@ -206,7 +206,7 @@ def _size_path(manifest: Manifest, exports: Sequence[ExportEntry], gates: Sequen
 
 def _figure(gate: GateRecord, gates: Sequence[GateRecord]) -> str:
     """Return the name of what was measured, with that of the test data where the same was measured with others too."""
-    name = f"{gate.metric}_{gate.unit}" if gate.unit in {"share", "nats"} else gate.metric
+    name = f"{gate.metric}_{gate.unit}" if gate.unit in {"share", "points", "nats"} else gate.metric
     several = any(one.metric == gate.metric and one.evaluation != gate.evaluation for one in gates)
     return f"{gate.evaluation}_{name}" if several else name
 

@@ -10,7 +10,6 @@ from ..core.errors import LlmoptError, UsageError
 from ..core.runtime import Arrays, Session
 from ..core.untrusted import read_json
 from ..models.sentence import is_sentence_folder
-from ..models.speech import is_speech
 from .texts import Encoded, side_by_side
 
 if TYPE_CHECKING:
@@ -191,7 +190,7 @@ def job_of(directory: Path, config: dict[str, Any]) -> type[Job]:
         return Embedding
     architecture = str((config.get("architectures") or ["?"])[0])
     found = next((job for ending, job in _BY_ENDING.items() if architecture.endswith(ending)), None)
-    if found is None or is_speech(config):
+    if found is None:
         raise UsageError(
             f"`{directory}` gives no results that can be written as rows",
             where=f"config.json names {architecture}, and there is no modules.json that says how embeddings are made",

@@ -27,21 +27,23 @@ class Totals(msgspec.Struct, kw_only=True):
     """Figures of all finished windows.
 
     Attributes:
-        texts: texts read.
+        rows: texts read, or sounds heard.
         empty: texts without tokens.
         truncated: texts that were longer than what is kept.
-        tokens: tokens computed, without padding.
+        tokens: tokens of the texts without padding, or tokens written.
         padded: with padding.
         batches: batches computed.
+        sound_seconds: how long the sounds are.
         bytes: length of the file.
     """
 
-    texts: int = 0
+    rows: int = 0
     empty: int = 0
     truncated: int = 0
     tokens: int = 0
     padded: int = 0
     batches: int = 0
+    sound_seconds: float = 0.0
     bytes: int = 0
 
 
@@ -110,16 +112,21 @@ class Journal:
             path.unlink(missing_ok=True)
 
 
-def check_file(output: Path, *, force: bool, source: Path) -> None:
+def check_file(output: Path, *, force: bool, sources: Iterable[Path]) -> None:
     """Refuse a file that must not or cannot be written.
 
+    Args:
+        output: the file.
+        force: whether it may be replaced.
+        sources: what is read; looked at only where the file exists.
+
     Raises:
-        UsageError: it exists and `force` is not set, is a folder or the input, or its folder cannot be written to.
+        UsageError: it exists and `force` is not set, is a folder or is read, or its folder cannot be written to.
     """
     if output.is_dir():
         raise UsageError(f"`{output}` is a folder", where="results are written to one file", hint=_ANOTHER)
     if output.exists():
-        if output.samefile(source):
+        if any(output.samefile(source) for source in sources if source.exists()):
             raise UsageError(f"`{output}` is the input", hint=_ANOTHER)
         if not force:
             raise UsageError(f"`{output}` exists already", hint="replace it with --force, or give another file with -o")

@@ -152,7 +152,7 @@ def _metrics(document: _Record) -> dict[str, Interval]:
             continue
         one = cast("_Record", row)
         name, unit = str(one.get("metric", "")), str(one.get("unit") or "")
-        ending = {"": "", "ratio": "", "points": "_share"}.get(unit, f"_{unit}")
+        ending = {"": "", "ratio": ""}.get(unit, f"_{unit}")
         if not _is_number(one.get("value")):
             continue
         low, high = (one.get(key) if _is_number(one.get(key)) else None for key in ("low", "high"))

@@ -22,7 +22,7 @@ from ..models.outline import outline
 from ..models.tasks import check_task
 from .grids import adapter_bytes, check_exports, input_grid, packed_bytes, quantized_layers
 from .materials import check_materials
-from .measuring.gating import plan_gates
+from .measuring.gating import files_named, plan_gates
 from .memory import estimate
 from .reads import files_read
 from .steps import AnyExporter, AnyPass, check_graph_passes, check_graph_source, exporters_of, passes_of, sweeps
@@ -92,7 +92,7 @@ def make_plan(recipe: Recipe, *, max_memory: int | None = None, written_in: Path
             for exporter in exporters
         ),
         limits=memory.limits,
-        reads=files_read(recipe, passes, written_in=written_in),
+        reads=files_read(recipe, passes, written_in=written_in, named=files_named(recipe, location, final)),
     )
 
 

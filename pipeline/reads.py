@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, cast
@@ -22,31 +24,64 @@ from .background import in_background
 from .steps import AnyPass
 
 
-def files_read(recipe: Recipe, passes: Iterable[AnyPass], *, written_in: Path | None = None) -> tuple[Read, ...]:
+def files_read(
+    recipe: Recipe,
+    passes: Iterable[AnyPass],
+    *,
+    written_in: Path | None = None,
+    named: Iterable[tuple[str, Path]] = (),
+) -> tuple[Read, ...]:
     """Return every file that is read when a recipe is run; a data set of the hub is none.
 
     Args:
         recipe: what will be run.
         passes: its passes, which say what they read beside the model.
         written_in: the file that holds the recipe, None where no file does.
+        named: files that test data name, behind what the recipe calls the data.
 
     Raises:
         LlmoptError: one of them is not there.
     """
     found = [] if written_in is None else [Read("recipe", str(written_in), written_in.name, written_in)]
-    found += _of_model("model", recipe.model)
+    found += (one for _, _, listed in _listings(recipe, passes) for one in listed())
+    found += (Read("evaluation", data, os.path.relpath(path, Path(data).parent), path) for data, path in named)
+    return tuple(dict.fromkeys(found))
+
+
+def files_now(recipe: Recipe, passes: Iterable[AnyPass]) -> Iterator[Read]:
+    """Yield what a run would read if it began now, but for the recipe and what data name, which follow from the rest.
+
+    A model of the hub is not looked for again: its snapshot holds what a commit holds.
+
+    Args:
+        recipe: what is run.
+        passes: its passes.
+
+    Returns:
+        The files; the folder itself where they can no longer be listed, which was possible when the run began.
+    """
+    for role, name, listed in _listings(recipe, passes):
+        if role in {"model", "teacher"} and not Path(name).expanduser().exists():
+            continue
+        try:
+            yield from tuple(listed())
+        except LlmoptError:
+            yield Read(role, name, ".", Path(name))
+
+
+def _listings(recipe: Recipe, passes: Iterable[AnyPass]) -> Iterator[tuple[Role, str, Callable[[], Iterable[Read]]]]:
+    """Yield what is read for what, as the recipe calls it, and a function that lists its files."""
+    yield "model", recipe.model.id, partial(_of_model, "model", recipe.model)
     if recipe.calibration is not None:
-        found += _of_text("calibration", recipe.calibration.data)
-    for spec in recipe.evaluation:
-        found += () if spec.data is None else _of_text("evaluation", spec.data)
+        yield "calibration", recipe.calibration.data, partial(_of_text, "calibration", recipe.calibration.data)
+    for data in (spec.data for spec in recipe.evaluation if spec.data is not None):
+        yield "evaluation", data, partial(_of_text, "evaluation", data)
     for role, name in (named for one in passes for named in one.inputs()):
         if role == "teacher":
-            found += _of_model(role, ModelSpec(id=name, trust_remote_code=recipe.model.trust_remote_code))
-        elif role == "adapter":
-            found += _inside(role, name, Path(name), _matching(Path(name), "adapter_config.json", "*.safetensors"))
+            spec = ModelSpec(id=name, trust_remote_code=recipe.model.trust_remote_code)
+            yield role, name, partial(_of_model, role, spec)
         else:
-            found += _of_text(role, name)
-    return tuple(dict.fromkeys(found))
+            yield role, name, partial(_of_adapter if role == "adapter" else _of_text, role, name)
 
 
 def _of_model(role: Role, spec: ModelSpec) -> Iterator[Read]:
@@ -72,6 +107,10 @@ def _model_files(location: Location) -> Iterator[Path]:
         yield from side_files(root, with_config=True)
         for module in location.sentence.modules[1:]:
             yield from _matching(root / str(module["path"]), "config.json", "model.safetensors")
+
+
+def _of_adapter(role: Role, spec: str) -> Iterator[Read]:
+    return _inside(role, spec, Path(spec), _matching(Path(spec), "adapter_config.json", "*.safetensors"))
 
 
 def _of_text(role: Role, spec: str) -> Iterator[Read]:
@@ -126,10 +165,11 @@ class Reads:
 
     Args:
         files: what is read.
+        now: lists what would be read now, to see what has appeared.
     """
 
-    def __init__(self, files: Iterable[Read]) -> None:
-        self._files = steady(files)
+    def __init__(self, files: Iterable[Read], now: Callable[[], Iterable[Read]] = tuple) -> None:
+        self._files, self._now = steady(files), now
         self._before = {path: look(path) for path in paths_of(self._files)}
         self._locks = {path: Lock() for path in self._before}
         self._known: dict[Path, tuple[str, bool]] = {}
@@ -167,26 +207,36 @@ class Reads:
         ]
 
     def changed(self) -> list[Read]:
-        """Return the files that look different now."""
-        return [one for one in self._files if look(one.path) != self._before[one.path]]
+        """Return the files that look different now, and those that were not there and would be read."""
+        different = [one for one in self._files if look(one.path) != self._before[one.path]]
+        return different + [one for one in self._now() if one.path not in self._before]
 
     def check(self) -> None:
         """Make sure that what was read is what was hashed: a file that looks different must have the same bytes.
 
         Raises:
-            LlmoptError: it has others, or it changed before its hash was known.
+            LlmoptError: it has others, it changed before its hash was known, or it was not there when the run began.
         """
         changed = paths_of(self.changed())
-        others = [path for path in changed if not self._same_bytes(path)]
-        if others:
-            raise LlmoptError(
-                f"`{others[0]}` was changed while it was read",
-                where=f"{len(changed)} of {len(self._before)} files have another size, time or place on the disk than "
-                "when the run began",
-                hint="nothing was written: run it again once nobody writes there",
+        others = sorted(
+            (path for path in changed if not self._same_bytes(path)), key=lambda path: path not in self._before
+        )
+        if not others:
+            return
+        verb, where = "was changed while it was read", "what is read in it can no longer be told"
+        if others[0] in self._before:
+            where = (
+                f"{len(changed)} of {len(self._before)} files have another size, time or place on the disk than "
+                "when the run began"
             )
+        elif others[0].is_file():
+            verb, where = "appeared while it was to be read", "there was no such file when the run began"
+        hint = "nothing was written: run it again once nobody writes there"
+        raise LlmoptError(f"`{others[0]}` {verb}", where=where, hint=hint)
 
     def _same_bytes(self, path: Path) -> bool:
+        if path not in self._before:
+            return False
         digest, as_before = self._hashed(path)
         return as_before and path.is_file() and file_sha256(path) == digest
 

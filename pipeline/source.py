@@ -12,7 +12,8 @@ from ..models.locate import Location, locate
 from ..models.onnx_file import GraphSource
 from ..models.text import load_tokenizer
 from .parity import ROWS
-from .reads import Reads
+from .reads import Reads, files_now
+from .steps import passes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def source_of(plan: Plan, reporter: Reporter) -> Source:
     Raises:
         LlmoptError: they cannot be used.
     """
-    reads = Reads(plan.reads)
+    reads = Reads(plan.reads, lambda: files_now(plan.recipe, passes_of(plan.recipe)))
     location = locate(plan.recipe.model)
     checkpoint = Checkpoint(location.folder) if location.graph is None else GraphSource(location, plan.facts)
     return Source(location, checkpoint, _samples(plan, location, reads, reporter), reads)

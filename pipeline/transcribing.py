@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.errors import LlmoptError
 from ..core.runtime import Session
-from ..models.speech import Speaking
+from ..models.speech import Ear, Speaking
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, Any]
+
+
+class Written(NamedTuple):
+    """What a model has heard in a sound.
+
+    Attributes:
+        text: what is said.
+        tokens: of that.
+        seconds: how long the sound is.
+    """
+
+    text: str
+    tokens: int
+    seconds: float
+
+
+class Scribe:
+    """Writes down sounds as a model's folder says.
+
+    Args:
+        folder: the model's.
+        config: its config.json.
+        tokenizer: its tokenizer.
+
+    Raises:
+        LlmoptError: the folder does not say how.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], tokenizer: Any) -> None:
+        self.ear, self.speaking = Ear(folder), Speaking.of(folder, config)
+        self._tokenizer = tokenizer
+
+    def write(self, session: Session, path: Path, max_new_tokens: int) -> Written:
+        """Return what is said in a WAV file.
+
+        Raises:
+            LlmoptError: the model cannot hear it, or the artifact gives no logits of tokens.
+        """
+        sound = self.ear.listen(path)
+        tokens = transcribe(session, self.ear.features(sound), self.speaking, max_new_tokens)
+        text = str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        return Written(text, len(tokens), sound.seconds)
 
 
 def transcribe(session: Session, features: Array, speaking: Speaking, max_new_tokens: int) -> list[int]:

@@ -62,6 +62,23 @@ def plan_gates(recipe: Recipe, location: Location, facts: ModelFacts, final: Mod
     return sorted(steps, key=lambda step: order.index(step.title))
 
 
+def files_named(recipe: Recipe, location: Location, final: ModelFacts) -> Iterator[tuple[str, Path]]:
+    """Yield the files that test data name, such as sounds, each behind what the recipe calls the data.
+
+    Args:
+        recipe: what to do.
+        location: the model.
+        final: its outline after all passes.
+
+    Raises:
+        LlmoptError: a row of the data cannot be used.
+    """
+    for one in assigned(recipe, final.config, sentence=location.sentence is not None, model=final.source):
+        assert one.options.data is not None
+        for path in one.task.files(open_data(one.task, one.options), one.options.samples.limit):
+            yield one.options.data, path
+
+
 def _step(gate: Gate, how: str) -> PlanStep:
     source = ", against the source" if gate.metric.source else ""
     return PlanStep(kind="gate", title=gate.text, detail=f"{gate.metric.about}: {how}{source}")
@@ -191,7 +208,7 @@ class _Run:
         options = data.options
         assert options.data is not None
         read = self._kept.reads.digest("evaluation", options.data)
-        if read is None or data.task.beside:  # a data set of the hub may change, and so may files that data name
+        if read is None:  # a data set of the hub may change
             return self._measured(own, data, names)
         depends_on = {
             "artifact": {name: file.sha256 for name, file in export.files.items()},

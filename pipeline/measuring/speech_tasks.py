@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from ...calibration.fields import Role, Row
-from ...core.errors import LlmoptError, UsageError
+from ...calibration.fields import Fields, Role, Row
+from ...core.errors import LlmoptError
 from ...core.progress import Step
 from ...core.runtime import Session
 from ...evaluation.figures import word_errors
-from ...models.speech import Ear, Speaking, is_speech
-from ..transcribing import transcribe
+from ...models.speech import is_speech
+from ..sounds import AUDIO, folder_of, sound_in
+from ..transcribing import Scribe
 from .subjects import Subject
 from .tasks import MARGIN, Found, Task, text_in
 
@@ -21,10 +23,9 @@ class Transcribe(Task):
 
     name = "transcribe"
     settings = frozenset({"max_new_tokens"})
-    beside = True
     title = "speech to text"
     roles = (
-        Role("audio", ("audio", "path", "file", "wav", "sound", "file_name", "filename")),
+        AUDIO,
         Role("text", ("text", "sentence", "transcript", "transcription", "reference", "normalized_text")),
     )
 
@@ -33,22 +34,22 @@ class Transcribe(Task):
         """Return whether it writes down speech."""
         return is_speech(config)
 
+    @classmethod
+    def files(cls, fields: Fields, limit: int | None) -> Iterator[Path]:
+        """Yield the sounds."""
+        folder = folder_of(fields.source)
+        return (sound_in(row, folder) for row in fields.rows(limit))
+
     def prepare(self, subject: Subject) -> None:
         """Read paths and texts, and hear every sound once, so that one that cannot be used is met before the work."""
-        path = self.fields.source.path
-        if path is None:
-            raise UsageError(
-                f"sounds of `{self.fields.source.spec}` cannot be read",
-                where="they lie in a data set of the hub",
-                hint="save them as WAV files, and name a JSONL or CSV file with their paths and texts",
-            )
+        folder = folder_of(self.fields.source)
         rows = self.rows()
-        self.sounds = [path.parent / text_in(row, "audio") for row in rows]
+        self.sounds = [sound_in(row, folder) for row in rows]
         self.texts = [_words(row) for row in rows]
-        ear, tokenizer = Ear(subject.directory), subject.tokenizer()
+        ear = _scribe(subject).ear
         for sound in self.sounds:
-            ear.features(sound)
-        lengths = [len(tokenizer(text)["input_ids"]) for text in self.texts]
+            ear.listen(sound)
+        lengths = [len(subject.tokenizer()(text)["input_ids"]) for text in self.texts]
         self.new_tokens = self.options.max_new_tokens or 2 * max(lengths) + MARGIN
 
     def __len__(self) -> int:
@@ -61,11 +62,10 @@ class Transcribe(Task):
 
     def find(self, subject: Subject, session: Session, step: Step) -> Found:
         """Write down every sound."""
-        ear, speaking = Ear(subject.directory), Speaking.of(subject.directory, subject.config)
+        scribe = _scribe(subject)
         found: Found = {"generated": [], "word_edits": [], "words": []}
         for sound, text in zip(self.sounds, self.texts, strict=True):
-            tokens = transcribe(session, ear.features(sound), speaking, self.new_tokens)
-            written = str(subject.tokenizer().decode(tokens, skip_special_tokens=True)).strip()
+            written = scribe.write(session, sound, self.new_tokens).text
             found["generated"].append(written)
             edits, words = word_errors([text], written)
             found["word_edits"].append(edits)
@@ -76,6 +76,10 @@ class Transcribe(Task):
     def shown(self, index: int) -> dict[str, Any]:
         """Return the sound's path."""
         return {"audio": str(self.sounds[index])}
+
+
+def _scribe(subject: Subject) -> Scribe:
+    return Scribe(subject.directory, subject.config, subject.tokenizer())
 
 
 def _words(row: Row) -> str:

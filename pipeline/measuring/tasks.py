@@ -6,8 +6,9 @@ with `source_`, and what the data say stands beside both; the metrics (`evaluati
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ...calibration.fields import Fields, Role, Row
@@ -58,8 +59,6 @@ class Task:
     roles: ClassVar[tuple[Role, ...]]
     settings: ClassVar[frozenset[str]] = frozenset()
     """Which of `length` and `max_new_tokens` it heeds."""
-    beside: ClassVar[bool] = False
-    """Whether the data name files that are read too, so that their hash does not tell what is measured with."""
     together: ClassVar[bool] = False
     """Whether what compares with the source needs both models at once."""
 
@@ -77,6 +76,19 @@ class Task:
             sentence: whether it gives embeddings of whole texts.
         """
         raise NotImplementedError
+
+    @classmethod
+    def files(cls, fields: Fields, limit: int | None) -> Iterator[Path]:  # noqa: ARG003
+        """Yield the files that the data name, which are read beside them.
+
+        Args:
+            fields: the data.
+            limit: samples that are used, all when None.
+
+        Raises:
+            LlmoptError: a row cannot be used.
+        """
+        return iter(())
 
     def prepare(self, subject: Subject) -> None:
         """Read the samples.

@@ -50,6 +50,7 @@ def test_the_rest():
     assert labelled("decode_tokens_per_second", 123.456) == ("decode", "123.5 tokens/s")
     assert labelled("sequences_per_second", 8.0) == ("speed", "8 sequences/s")
     assert labelled("mean_kl_nats", 0.25) == ("mean KL", "0.25 nats")
+    assert labelled("accuracy_drop_points", 0.1333) == ("accuracy drop", "13.33 points")
     assert labelled("top1_agreement", 0.5) == ("top-1 agreement", "50 %")
     assert labelled("peak_bytes", 2**20) == ("peak", "1 MiB")
     assert plain("x", None) == "-"

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import recipe
 from llmopt.core.errors import LlmoptError
 from llmopt.core.progress import Silent
@@ -16,6 +17,7 @@ from llmopt.pipeline.cache.store import CacheSettings
 from llmopt.pipeline.plan import make_plan
 from llmopt.pipeline.reads import Reads
 from msgspec.structs import replace
+from safetensors.torch import save_file
 
 
 @pytest.fixture
@@ -80,6 +82,57 @@ def test_a_change_is_found_out(model, tmp_path, monkeypatch, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
 
 
+FRESH = [
+    ("model/added_tokens.json", "{}"),
+    ("model/chat_template.jinja", "{{ messages }}"),
+    ("teacher/added_tokens.json", "{}"),
+    ("adapter/more.safetensors", ""),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), FRESH)
+def test_a_file_that_appears_is_found_out(everything, tmp_path, monkeypatch, name, content):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(LlmoptError, match=f"`{name}` appeared while it was to be read") as refused:
+        build_while(monkeypatch, lambda: (tmp_path / name).write_text(content), made=everything)
+    assert refused.value.exit_code == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_shard_that_appears_is_found_out(model, tmp_path, monkeypatch):
+    (model / "model.safetensors").rename(model / "first.safetensors")  # without an index every shard is read
+    shard = tmp_path / "shard"
+    save_file({"more": torch.zeros(1)}, shard)
+    with pytest.raises(LlmoptError, match=r"more.safetensors` appeared"):
+        build_while(monkeypatch, lambda: shard.rename(model / "more.safetensors"))
+
+
+def test_half_a_shard_makes_the_model_another(model, tmp_path, monkeypatch):
+    """The folder can no longer be read at all, so what would be read cannot be told."""
+    (model / "model.safetensors").rename(model / "first.safetensors")
+    with pytest.raises(LlmoptError, match="`model` was changed while it was read") as refused:
+        build_while(monkeypatch, lambda: (model / "more.safetensors").write_text("half"))
+    assert refused.value.exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["notes.md", "code.py", "llmopt.json", "more.safetensors", "sub/config.json"])
+def test_a_file_that_is_not_read_may_appear(model, tmp_path, monkeypatch, name):
+    (model / name).parent.mkdir(exist_ok=True)
+    build_while(monkeypatch, lambda: (model / name).write_text("{}"))
+    assert (tmp_path / "out" / "llmopt.json").is_file()
+
+
+def test_nothing_is_kept_of_a_model_to_which_a_file_was_added(model, tmp_path, monkeypatch):
+    cache = CacheSettings(tmp_path / "cache")
+    with pytest.raises(LlmoptError, match="appeared"):
+        build_while(monkeypatch, lambda: (model / "added_tokens.json").write_text("{}"), cache)
+    (model / "added_tokens.json").unlink()
+    build_while(monkeypatch, lambda: None, cache)
+    record = read_run(tmp_path / "out")
+    assert record is not None
+    assert not any(step.cached or step.blocks_resumed for step in record.steps)
+
+
 def test_a_change_of_a_byte_is_found_out(model, tmp_path, monkeypatch):
     with pytest.raises(LlmoptError, match="was changed while it was read"):
         build_while(monkeypatch, lambda: flip_last_byte(model / "model.safetensors"))
@@ -116,7 +169,6 @@ def test_a_change_before_the_hash_is_known_is_one(tmp_path, monkeypatch):
 @pytest.fixture
 def everything(model, family, tmp_path):
     """Return a recipe that reads files of every kind, and a change of each as a reader cannot notice it."""
-    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

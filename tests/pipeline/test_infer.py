@@ -14,10 +14,11 @@ from helpers import build, recipe
 from llmopt.core.errors import LlmoptError, UsageError
 from llmopt.core.progress import Silent
 from llmopt.models.text import load_tokenizer
-from llmopt.pipeline import infer as module
+from llmopt.pipeline import text_inference as module
 from llmopt.pipeline.batching import BatchingParams
 from llmopt.pipeline.costs import measure_costs
-from llmopt.pipeline.infer import InferOptions, infer
+from llmopt.pipeline.infer import infer
+from llmopt.pipeline.inference import InferOptions
 from llmopt.runtimes.onnxruntime_ import OnnxRuntime, OnnxSession
 
 if TYPE_CHECKING:

@@ -79,6 +79,19 @@ class TestDocument:
         assert rounded.size_bytes == pytest.approx(sum(file.stat().st_size for file in files), rel=0.05)
         assert source.size_bytes > exported.size_bytes > rounded.size_bytes
 
+    def test_what_gates_measured_is_written_as_gates_write_it(self, made, tmp_path):
+        shutil.copytree(made / "int8", tmp_path / "out")
+        run = json.loads((tmp_path / "out" / RUN).read_text())
+        gate = {"text": "accuracy_drop<=20%", "metric": "accuracy_drop", "value": 0.1333, "low": 0.1, "high": 0.2}
+        gate |= {"limit": 0.2, "comparison": "<=", "unit": "points", "verdict": "passed", "samples": 30}
+        write(tmp_path / "out" / RUN, run | {"gates": [gate | {"export": "safetensors"}]})
+        made = report(tmp_path / "out")
+        assert made.artifacts[0].size_path[-1].quality == {"accuracy_drop_points": 0.1333}
+        write_report(made, tmp_path / "page.html")
+        page = (tmp_path / "page.html").read_text()
+        assert ">accuracy drop 13.33 points</td>" in page
+        assert "0.1333" not in page
+
     def test_names_tell_artifacts_apart(self, made, tmp_path):
         shutil.copytree(made / "int8", tmp_path / "a" / "out")
         shutil.copytree(made / "int8", tmp_path / "b" / "out")
@@ -159,7 +172,7 @@ class TestMeasured:
         entry = report(made / "int8", evals=[write(tmp_path / "a.json", document)]).artifacts[0]
         (found,) = entry.evaluations
         assert (found.confidence, found.data) == (0.9, "perplexity, d")
-        assert found.figures.keys() == {"perplexity", "source_perplexity", "accuracy_drop_share", "mean_kl_nats"}
+        assert found.figures.keys() == {"perplexity", "source_perplexity", "accuracy_drop_points", "mean_kl_nats"}
         assert found.figures["perplexity"].high == 9.5
 
     @pytest.mark.parametrize(
