@@ -251,10 +251,17 @@ class TestInfer:
 
     def infer(self, artifact, data, output, *, reporter=None, force=False, **options):
         options = {"max_new_tokens": 8, **options}
-        made = InferOptions(threads=1, **options)
+        made = InferOptions(**{"threads": 1, **options})
         reporter = reporter or Silent()
         report = infer(str(artifact), data=str(data), output=output, options=made, force=force, reporter=reporter)
         return report, [json.loads(line) for line in output.read_text().splitlines()]
+
+    def test_sounds_side_by_side_are_written_in_their_order(self, whisper, tmp_path):
+        _, artifact, data = whisper
+        one, rows = self.infer(artifact, data, tmp_path / "a.jsonl")
+        two, others = self.infer(artifact, data, tmp_path / "b.jsonl", threads=2)
+        assert [report["parallel_batches"] for report in (one, two)] == [1, 2]
+        assert others == rows
 
     def test_every_runtime_writes_what_the_evaluation_writes(self, whisper, tmp_path):
         source, artifact, data = whisper
