@@ -28,6 +28,27 @@ def settled():
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(tmp_path_factory):
+    """Trace a model once, whichever process does; `fresh_traces` is for tests of the tracer."""
+    from llmopt.exporters import onnx_trace
+    from tracing import TracedOnce
+
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traced"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_trace, "_export", TracedOnce(onnx_trace._export, folder))
+        yield
+
+
+@pytest.fixture
+def fresh_traces(monkeypatch):
+    """Trace a model each time."""
+    from llmopt.exporters import onnx_trace
+
+    monkeypatch.setattr(onnx_trace, "_export", onnx_trace._export.export)
+
+
 @pytest.fixture(scope="session")
 def family(tmp_path_factory):
     """Return the folder of a tiny model: `family("llama")`, `family("llama", dtype="bfloat16", hidden_size=32)`."""

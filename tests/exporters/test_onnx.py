@@ -101,7 +101,7 @@ def test_without_cache_it_says_so(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_same_model_gives_the_same_bytes(tmp_path: Path):
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path, fresh_traces: None):
     digests = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
