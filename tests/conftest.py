@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -18,6 +19,34 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LLMOPT_CACHE_DIR", str(folder))
     monkeypatch.delenv("LLMOPT_CACHE_SIZE", raising=False)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def settled():
+    """Leave a million objects of imported libraries out of the collections that every verification ends with."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(tmp_path_factory):
+    """Trace a model once, whichever process does; `fresh_traces` is for tests of the tracer."""
+    from llmopt.exporters import onnx_trace
+    from tracing import TracedOnce
+
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traced"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_trace, "_export", TracedOnce(onnx_trace._export, folder))
+        yield
+
+
+@pytest.fixture
+def fresh_traces(monkeypatch):
+    """Trace a model each time."""
+    from llmopt.exporters import onnx_trace
+
+    monkeypatch.setattr(onnx_trace, "_export", onnx_trace._export.export)
 
 
 @pytest.fixture(scope="session")

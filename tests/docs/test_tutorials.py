@@ -8,9 +8,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from families import LINES, save_sentence_folder
+from resident import resident
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
@@ -50,16 +52,21 @@ def reader(tmp_path):
     return tmp_path
 
 
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def commands():
+    """Return a folder with the command `llmopt`."""
+    with TemporaryDirectory() as folder, resident(Path(folder), ENVIRONMENT):
+        yield folder
+
+
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
-def test_every_command_works(page, reader):
+def test_every_command_works(page, reader, commands):
     """Recipes are written where their first line says, commands run in one shell, Python in another process."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "LLMOPT_CACHE_DIR": str(reader / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
+    path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**ENVIRONMENT, "PATH": path, "LLMOPT_CACHE_DIR": str(reader / "cache")}
     ran = 0
     for block in blocks(page):
         assert block.needs in {"", *NOT_HERE}
@@ -77,3 +84,8 @@ def test_every_command_works(page, reader):
         assert done.returncode == 0, f"{block.text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         ran += 1
     assert ran >= 4
+
+
+def test_the_command_is_installed():
+    command = [Path(sys.executable).with_name("llmopt"), "passes"]
+    assert "gptq" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

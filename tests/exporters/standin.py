@@ -1,4 +1,4 @@
-"""A model in memory that implements `core.exports.ExportableModel`, and tiny models of many families."""
+"""A model in memory that implements `core.exports.ExportableModel`."""
 
 from __future__ import annotations
 
@@ -123,88 +123,6 @@ def linears_of(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
 
 def quantized_standin(model: Any, grid: Grid, tokenizer: Any = None) -> StandIn:
     return StandIn(model, {name: grid for name, (_, width) in linears_of(model) if grid.divides(width)}, tokenizer)
-
-
-# A vocabulary unlike any layer's width: GenAI's builder takes a layer as wide as the vocabulary for the head.
-_LLAMA = {
-    "vocab_size": 272,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_WINDOW = {"head_dim": 16, "sliding_window": 8}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("AutoModelForCausalLM", _LLAMA),
-    "qwen2": ("AutoModelForCausalLM", _LLAMA),
-    "qwen3": ("AutoModelForCausalLM", _LLAMA | {"head_dim": 16}),
-    "mistral": ("AutoModelForCausalLM", _LLAMA | {"head_dim": 16, "sliding_window": None}),
-    "phi3": ("AutoModelForCausalLM", _LLAMA | {"original_max_position_embeddings": 128}),
-    "gemma2": ("AutoModelForCausalLM", _LLAMA | _WINDOW),
-    "gemma3_text": ("AutoModelForCausalLM", _LLAMA | _WINDOW),
-    "gpt2": (
-        "AutoModelForCausalLM",
-        {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1}
-        | {"eos_token_id": 2},
-    ),
-    "gpt_neox": ("AutoModelForCausalLM", _LLAMA),
-    "opt": (
-        "AutoModelForCausalLM",
-        {"vocab_size": 256, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-        | {"max_position_embeddings": 128, "word_embed_proj_dim": 64, "pad_token_id": 1},
-    ),
-    "mixtral": ("AutoModelForCausalLM", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": (
-        "AutoModelForCausalLM",
-        _LLAMA | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-    ),
-    "bert": ("AutoModelForSequenceClassification", _LLAMA),
-    "roberta": ("AutoModelForSequenceClassification", _LLAMA),
-    "distilbert": (
-        "AutoModelForSequenceClassification",
-        {"vocab_size": 256, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128},
-    ),
-    "vit": (
-        "AutoModelForImageClassification",
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-        | {"image_size": 32, "patch_size": 8},
-    ),
-    "t5": (
-        "AutoModelForSeq2SeqLM",
-        {"vocab_size": 256, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-        | {"decoder_start_token_id": 0},
-    ),
-    "whisper": (
-        "AutoModelForSpeechSeq2Seq",
-        {"vocab_size": 256, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
-        | {"decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_source_positions": 50}
-        | {"max_target_positions": 64, "num_mel_bins": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        | {"decoder_start_token_id": 3, "suppress_tokens": None, "begin_suppress_tokens": None},
-    ),
-}
-
-
-def tiny(family: str, **changes: Any) -> Any:
-    """Return a random float32 model of a family; weights three times as wide as usual, so that outputs differ."""
-    import torch
-    import transformers
-
-    auto, config = FAMILIES[family]
-    torch.manual_seed(0)
-    made = transformers.AutoConfig.for_model(family, **(config | changes))
-    model = getattr(transformers, auto).from_config(made).eval().float()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(3)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.1)
-    return model
 
 
 def word_tokenizer() -> Any:

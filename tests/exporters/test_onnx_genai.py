@@ -9,18 +9,19 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from families import FAMILIES, make_model
 from llmopt.core.errors import LlmoptError, UsageError
 from llmopt.core.exports import ExportContext
 from llmopt.core.quantized import Grid
 from llmopt.exporters.onnx_genai import OnnxGenAI, OnnxGenAIParams
 from llmopt.exporters.onnx_genai_builder import known_architectures, rope_fault
 from llmopt.runtimes.onnx_genai import OnnxGenAI as GenAIRuntime
-from standin import StandIn, quantized_standin, tiny, word_tokenizer
+from standin import StandIn, quantized_standin, word_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text"]
+NAMES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3"]
 INT4 = Grid(bits=4, group_size=32, symmetric=True)
 PROMPT = [5, 9, 200, 31, 7, 111, 90, 4, 77, 12]
 
@@ -49,16 +50,16 @@ def check_alike(model: Any, directory: Path) -> None:
     session.close()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_float(family: str, tmp_path: Path):
-    model = StandIn(tiny(family), tokenizer=word_tokenizer())
+    model = StandIn(make_model(FAMILIES[family]), tokenizer=word_tokenizer())
     assert export(model, tmp_path).weights_equal(model, tmp_path) is None
     check_alike(model.model, tmp_path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_int4(family: str, tmp_path: Path):
-    model = quantized_standin(tiny(family), INT4, word_tokenizer())
+    model = quantized_standin(make_model(FAMILIES[family]), INT4, word_tokenizer())
     assert model.quantized
     exporter = export(model, tmp_path, activations="float32")
     assert exporter.weights_equal(model, tmp_path)
@@ -69,7 +70,7 @@ def test_int4(family: str, tmp_path: Path):
 @pytest.mark.parametrize("group_size", [16, "channel", "tensor"])
 def test_every_grid(bits: int, group_size: Any, tmp_path: Path):
     grid = Grid(bits=bits, group_size=group_size, symmetric=False)
-    model = quantized_standin(tiny("llama"), grid, word_tokenizer())
+    model = quantized_standin(make_model(FAMILIES["llama"]), grid, word_tokenizer())
     exporter = export(model, tmp_path, activations="float32")
     assert exporter.weights_equal(model, tmp_path)
     check_alike(model.model, tmp_path)
@@ -78,7 +79,7 @@ def test_every_grid(bits: int, group_size: Any, tmp_path: Path):
 def test_int8_activations_stay_near(tmp_path: Path):
     import torch
 
-    model = quantized_standin(tiny("llama"), INT4, word_tokenizer())
+    model = quantized_standin(make_model(FAMILIES["llama"]), INT4, word_tokenizer())
     export(model, tmp_path)
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
@@ -89,7 +90,7 @@ def test_int8_activations_stay_near(tmp_path: Path):
 
 
 def test_some_layers_left_alone(tmp_path: Path):
-    model = tiny("llama")
+    model = make_model(FAMILIES["llama"])
     chosen = {f"model.layers.{layer}.self_attn.{name}": INT4 for layer in (0, 1) for name in ("q_proj", "v_proj")}
     standin = StandIn(model, chosen, word_tokenizer())
     assert export(standin, tmp_path, activations="float32").weights_equal(standin, tmp_path)
@@ -99,12 +100,12 @@ def test_some_layers_left_alone(tmp_path: Path):
 def test_bfloat16_scales(tmp_path: Path):
     import torch
 
-    model = quantized_standin(tiny("llama").to(torch.bfloat16), INT4, word_tokenizer())
+    model = quantized_standin(make_model(FAMILIES["llama"]).to(torch.bfloat16), INT4, word_tokenizer())
     assert export(model, tmp_path).weights_equal(model, tmp_path)
 
 
 def test_cuda_folder_holds_the_codes_with_scales_in_float16(tmp_path: Path):
-    model = quantized_standin(tiny("llama"), INT4, word_tokenizer())
+    model = quantized_standin(make_model(FAMILIES["llama"]), INT4, word_tokenizer())
     assert export(model, tmp_path, target="cuda").weights_equal(model, tmp_path)
 
 
@@ -113,14 +114,14 @@ def test_logits_of_every_position_on_request(tmp_path: Path):
 
     for wanted, folder in ((False, tmp_path / "last"), (True, tmp_path / "all")):
         folder.mkdir()
-        export(StandIn(tiny("llama"), tokenizer=word_tokenizer()), folder, all_logits=wanted)
+        export(StandIn(make_model(FAMILIES["llama"]), tokenizer=word_tokenizer()), folder, all_logits=wanted)
         graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
         (logits,) = (value for value in graph.output if value.name == "logits")
         assert (logits.type.tensor_type.shape.dim[1].dim_value == 1) is not wanted
 
 
 def test_a_tied_embedding_is_stored_once(tmp_path: Path):
-    model = StandIn(tiny("llama", tie_word_embeddings=True), tokenizer=word_tokenizer())
+    model = StandIn(make_model(FAMILIES["llama"], tie_word_embeddings=True), tokenizer=word_tokenizer())
     export(model, tmp_path)
     weights = sum(parameter.nbytes for parameter in model.model.parameters())
     assert (tmp_path / "model.onnx.data").stat().st_size < weights + 20_000
@@ -131,7 +132,7 @@ def test_the_same_model_gives_the_same_bytes_and_nothing_else(tmp_path: Path, ca
     digests = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        export(quantized_standin(tiny("llama"), INT4, word_tokenizer()), tmp_path / name)
+        export(quantized_standin(make_model(FAMILIES["llama"]), INT4, word_tokenizer()), tmp_path / name)
         files = sorted((tmp_path / name).iterdir())
         assert all(file.is_file() for file in files)
         assert not [file for file in files if str(tmp_path).encode() in file.read_bytes()]
@@ -156,22 +157,22 @@ def test_the_graph_says_nothing_of_the_checkout_that_python_lies_in(tmp_path: Pa
 
 def test_unknown_architecture_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="does not know GPT2LMHeadModel") as error:
-        export(StandIn(tiny("gpt2"), tokenizer=word_tokenizer()), tmp_path)
+        export(StandIn(make_model(FAMILIES["gpt2"]), tokenizer=word_tokenizer()), tmp_path)
     assert "`onnx`" in str(error.value.hint)
 
 
 def test_model_without_tokenizer_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="tokenizer"):
-        export(StandIn(tiny("llama")), tmp_path)
+        export(StandIn(make_model(FAMILIES["llama"])), tmp_path)
 
 
 def test_float16_on_cpu_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="float16"):
-        export(StandIn(tiny("llama"), tokenizer=word_tokenizer()), tmp_path, precision="float16")
+        export(StandIn(make_model(FAMILIES["llama"]), tokenizer=word_tokenizer()), tmp_path, precision="float16")
 
 
 def test_what_the_builder_raises_is_told(tmp_path: Path):
-    model = tiny("qwen2")
+    model = make_model(FAMILIES["qwen2"])
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(LlmoptError, match="cannot build Qwen2ForCausalLM") as error:
         export(StandIn(model, tokenizer=word_tokenizer()), tmp_path)
@@ -210,13 +211,13 @@ YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embedd
     ],
 )
 def test_windows_and_rotary_scaling(family: str, changes: dict[str, Any], tmp_path: Path):
-    model = StandIn(tiny(family, **changes), tokenizer=word_tokenizer())
+    model = StandIn(make_model(FAMILIES[family], **changes), tokenizer=word_tokenizer())
     export(model, tmp_path)
     check_alike(model.model, tmp_path)
 
 
 def test_checking_imports_nothing_heavy():
-    facts = StandIn(tiny("llama"), tokenizer=word_tokenizer()).facts
+    facts = StandIn(make_model(FAMILIES["llama"]), tokenizer=word_tokenizer()).facts
     import msgspec
 
     code = f"""

@@ -1,11 +1,11 @@
 """A file that may not grow: a small message, nothing left. What a full disk does is in tests/bad_input."""
 
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from processes import command
 
 resource = pytest.importorskip("resource")
 
@@ -13,16 +13,12 @@ TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
 
 def limited(folder, kib, *arguments):
-    """Run the command line in a process whose files may have so many KiB."""
+    """Run the command line in a process whose files may have so many KiB; return its status and what it said."""
+    said = folder.with_name(f"{folder.name}-said")
     limits = (1024 * kib, 1024 * kib)
-    return subprocess.run(
-        [sys.executable, "-m", "llmopt", *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
-    )
+    process = command(folder, *arguments, said=said, first=partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
+    process.join(timeout=300)
+    return process.exitcode, said.read_text()
 
 
 # How far it comes: the work store, a shard, the weights beside a graph.
@@ -31,11 +27,11 @@ def limited(folder, kib, *arguments):
 )
 def test_a_file_that_may_not_grow(tmp_path, export, kib):
     arguments = ("quantize", TINY, "--group-size", "64", "--export", export, "-o", "made/out", "-q")
-    ended = limited(tmp_path, kib, *arguments)
-    assert ended.returncode == 1, ended.stderr
-    assert ended.stderr.startswith("error: a file became larger than is allowed\n")
-    assert "ulimit -f" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    code, said = limited(tmp_path, kib, *arguments)
+    assert code == 1, said
+    assert said.startswith("error: a file became larger than is allowed\n")
+    assert "ulimit -f" in said
+    assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -44,7 +40,7 @@ def test_the_former_artifact_stays(tmp_path):
     shutil.copytree(TINY, former)
     (former / "llmopt.json").write_text("{}", encoding="utf-8")
     before = {path.name: path.read_bytes() for path in former.iterdir()}
-    ended = limited(tmp_path, 500, "quantize", TINY, "--group-size", "64", "-o", "out", "--force", "-q")
-    assert ended.returncode == 1, ended.stderr
+    code, said = limited(tmp_path, 500, "quantize", TINY, "--group-size", "64", "-o", "out", "--force", "-q")
+    assert code == 1, said
     assert {path.name: path.read_bytes() for path in former.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -39,7 +39,7 @@ ENCODER = {
 }
 
 WORKER = """
-import json, os, sys
+import gc, json, os, sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -51,6 +51,7 @@ made = {}
 for recipe in sorted(Path().glob("*.yaml")):
     if main(["run", str(recipe), "-o", recipe.stem, "-q"]):
         sys.exit(f"{recipe} failed")
+    gc.freeze()  # as in conftest.py
     files = {path for path in Path(recipe.stem).rglob("*") if path.is_file() and path.name != "llmopt.run.json"}
     made[recipe.stem] = {str(path): sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 print(json.dumps(made))
