@@ -20,7 +20,7 @@ COMMANDS = {
     "run": "Run a recipe.",
     "plan": "Show what a recipe will do, and refuse what cannot work.",
     "verify": "Check an artifact again: its files, its weights, its outputs.",
-    "infer": "Compute embeddings, classes or text for a file of texts.",
+    "infer": "Compute embeddings, classes or text for a file of texts, or write down sounds.",
     "eval": "Measure how good a model or an artifact is at a task.",
     "bench": "Measure load time, speed and memory of a model or an artifact.",
     "report": "Write what is known of artifacts as a page or a model card.",
