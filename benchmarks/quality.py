@@ -1,6 +1,7 @@
 """Every method on every grid: perplexity, KL divergence, agreement, bytes and seconds, and the orders that must hold.
 
-    python benchmarks/quality.py [MODEL] --calibration FILE --data FILE [--seeds 3] [--limit N] [--only TEXT] [--json F]
+    python benchmarks/quality.py [MODEL] --calibration FILE --data FILE [--seeds 3] [--limit N] [--only TEXT]
+        [--threads 1] [--json F]
 
 The calibration samples are drawn anew for each seed; methods without data have one. Every artifact is a real one:
 quantized by `llmopt run`, verified, and opened by transformers, which rounds activations where the artifact says so.
@@ -143,6 +144,7 @@ class Bench:
             passes=tuple(Step(name, params) for name, params in passes),
             exports=(Step("safetensors"),),
             seed=seed,
+            threads=args.threads,
         )
         with tempfile.TemporaryDirectory() as scratch:
             output = Path(scratch) / "artifact"
@@ -226,6 +228,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--limit", type=int, default=100, help="windows of text, 100 by default")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="that the artifacts are made with")
     parser.add_argument("--only", action="append", help="rows whose name holds this text; may be given several times")
     parser.add_argument("--json", type=Path, help="keep all runs there; those that it holds are not repeated")
     args = parser.parse_args()

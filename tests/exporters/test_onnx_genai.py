@@ -149,7 +149,7 @@ def test_the_graph_says_nothing_of_the_checkout_that_python_lies_in(tmp_path: Pa
     git.write_text("#!/bin/sh\necho 0123456789abcdef\n")
     git.chmod(0o755)
     monkeypatch.setenv("PATH", f"{git.parent}:{os.environ['PATH']}")
-    export(StandIn(tiny("llama"), tokenizer=word_tokenizer()), folder)
+    export(StandIn(make_model(FAMILIES["llama"]), tokenizer=word_tokenizer()), folder)
     graph = (folder / "model.onnx").read_bytes()
     assert version("onnxruntime-genai").encode() in graph
     assert b"0123456" not in graph

@@ -145,10 +145,8 @@ SWEEPS = {
     "zeros": ("llama", [("sparsify", {"sparsity": "50%"}), GPTQ]),
     "adapter": ("llama", [GPTQ, ("extract-adapter", {"rank": 3})]),
     "correction": ("t5", [CORRECTED]),
-    "correction, then activations and an adapter": (
-        "llama",
-        [CORRECTED, ("quantize-activations", {"scale": "tensor"}), ("extract-adapter", {"rank": 3})],
-    ),
+    "correction, then activations": ("llama", [CORRECTED, ("quantize-activations", {"scale": "tensor"})]),
+    "correction, then an adapter": ("llama", [CORRECTED, ("extract-adapter", {"rank": 3})]),
     "rtn": ("bert", [("rtn", {"group_size": 32})]),
     "autoround": ("llama", [("autoround", {"group_size": 32, "iterations": 3})]),
 }
