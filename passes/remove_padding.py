@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ..core.target import Target
 
 
-_GROUPS: dict[Engine, int] = {"onnxruntime": 8, "openvino": 4}
-"""More groups pad less and have more nodes, which cost OpenVINO more: 4 % on short texts of one length."""
+_GROUPS: dict[Engine, int] = {"onnxruntime": 8, "openvino": 2}
+"""More groups pad less and have more nodes, which cost OpenVINO more: 6 % on short texts of one length for 4 of them."""
 
 _OPERATIONS_PER_BYTE = 10
 """float32 operations that a core does in the time in which it copies a byte: 85e9 and 8e9 a second on AVX-512."""
@@ -45,7 +45,7 @@ class RemovePaddingParams(Params, frozen=True):
         Annotated[int, Meta(ge=1, le=16)] | None,
         Meta(
             description="Attention pads texts to the longest of their group: into how many groups of similar length a "
-            "batch is divided; 8, or 4 for OpenVINO, when left out.",
+            "batch is divided; 8, or 2 for OpenVINO, when left out.",
         ),
     ] = None
     required: Annotated[
