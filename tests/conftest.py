@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -65,6 +67,15 @@ def family(tmp_path_factory):
         return saved[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def resident_llmopt():
+    """Return the path of a command `llmopt`, offline, that need not import anything first; see `resident`."""
+    from resident import resident
+
+    with TemporaryDirectory() as folder:  # where names are short enough for a socket
+        yield from resident(Path(folder))
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
-from pathlib import Path
-from tempfile import mkdtemp
+import os
 from typing import TYPE_CHECKING, Any
-
-from llmopt.graphs.stored import read_graph, write_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     import onnx_ir as ir
 
@@ -37,17 +34,18 @@ class TracedOnce:
 
     def __call__(self, model: Any, inputs: dict[str, Any], shapes: dict[str, Any], opset: int | None) -> ir.Model:
         """Return the graph of a forward pass; the sample inputs and their axes follow from the model."""
+        import onnx_ir as ir
+
         # The code of a forward that is not its class's is not in the hash.
         if any("forward" in vars(part) for part in model.modules()) or _bytes(model) > LARGEST:
             return self.export(model, inputs, shapes, opset)
         given = [sorted(inputs), inputs["use_cache"], opset]
         kept = self._folder / hashlib.sha256(f"{_hash(model)} {given}".encode()).hexdigest()
         if not kept.exists():
-            made = Path(mkdtemp(dir=self._folder))
-            write_graph(self.export(model, inputs, shapes, opset), made)
-            with suppress(OSError):  # another process was faster
-                made.rename(kept)
-        return read_graph(kept).clone()  # shapes that are read are frozen, and the axes get their names yet
+            made = kept.with_suffix(f".{os.getpid()}")
+            ir.save(self.export(model, inputs, shapes, opset), made)
+            made.replace(kept)
+        return ir.load(kept).clone()  # shapes that are read are frozen, and the axes get their names yet
 
 
 def _bytes(model: Any) -> int:

@@ -8,11 +8,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 from families import LINES, save_sentence_folder
-from resident import resident
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
@@ -52,21 +50,16 @@ def reader(tmp_path):
     return tmp_path
 
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def commands():
-    """Return a folder with the command `llmopt`."""
-    with TemporaryDirectory() as folder, resident(Path(folder), ENVIRONMENT):
-        yield folder
-
-
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
-def test_every_command_works(page, reader, commands):
+def test_every_command_works(page, reader, resident_llmopt):
     """Recipes are written where their first line says, commands run in one shell, Python in another process."""
-    path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**ENVIRONMENT, "PATH": path, "LLMOPT_CACHE_DIR": str(reader / "cache")}
+    environment = {
+        **os.environ,
+        "PATH": f"{resident_llmopt.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "LLMOPT_CACHE_DIR": str(reader / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
     ran = 0
     for block in blocks(page):
         assert block.needs in {"", *NOT_HERE}

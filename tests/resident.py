@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
 SERVER = """
@@ -51,22 +51,17 @@ with socket.socket(socket.AF_UNIX) as caller:
 """
 
 
-@contextmanager
-def resident(folder: Path, environment: Mapping[str, str]) -> Iterator[None]:
-    """Put the command `llmopt` into a folder; it works as long as the context lasts.
-
-    Args:
-        folder: one that is there, with a short name.
-        environment: what everything is imported with.
-    """
+def resident(folder: Path) -> Iterator[Path]:
+    """Put the command `llmopt` into a folder and yield its path; it works until the next step."""
     script, door = folder / "llmopt", str(folder / "door")
     script.write_text(CLIENT.format(python=sys.executable, door=door), encoding="utf-8")
     script.chmod(0o755)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SERVER, door]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         assert server.stdout.readline() == "ready\n"
         try:
-            yield
+            yield script
         finally:
             server.kill()
