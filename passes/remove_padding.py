@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _GROUPS: dict[Engine, int] = {"onnxruntime": 8, "openvino": 2}
-"""More groups pad less and have more nodes, which cost OpenVINO more: 6 % on short texts of one length for 4 of them."""
+"""More groups pad less and have more nodes, which cost OpenVINO more: 4 of them 6 % on short texts of one length."""
 
 _OPERATIONS_PER_BYTE = 10
 """float32 operations that a core does in the time in which it copies a byte: 85e9 and 8e9 a second on AVX-512."""
