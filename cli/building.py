@@ -22,6 +22,7 @@ from .common import CACHE_PANEL, CacheDir, Force, Json, Quiet, Verbose, cache_se
 if TYPE_CHECKING:
     from ..core.manifest import Manifest, RunRecord
     from ..core.plan import Plan
+    from ..core.reads import Read
     from ..pipeline.cache.store import CacheSettings
     from .render import Screen
 
@@ -266,7 +267,6 @@ def _execute(recipe: Recipe, build: Build, screen: Screen, *, written_in: Path |
     from ..pipeline.output import check_output
     from ..pipeline.plan import make_plan
     from ..pipeline.reads import paths_of
-    from ..pipeline.recipe import dump_recipe
     from .views import manifest_sections, plan_sections
 
     output = build.output
@@ -281,7 +281,7 @@ def _execute(recipe: Recipe, build: Build, screen: Screen, *, written_in: Path |
     for note in () if current else notes:
         screen.reporter.note(note)
     if build.save_recipe is not None:
-        dump_recipe(recipe, build.save_recipe)
+        _save_recipe(recipe, build.save_recipe, plan)
         screen.reporter.note(f"recipe written to {build.save_recipe}")
     if current:
         _write_depfile(plan, build)
@@ -301,6 +301,31 @@ def _execute(recipe: Recipe, build: Build, screen: Screen, *, written_in: Path |
         manifest, output, source_bytes=plan.facts.bytes, gates=[] if run is None else run.gates
     )
     screen.show(sections, _document(manifest, output, run), summary=True)
+
+
+def _save_recipe(recipe: Recipe, path: Path, plan: Plan) -> None:
+    """Write the recipe.
+
+    Raises:
+        UsageError: the file would be one of those that the run reads, such as a .json beside the model.
+    """
+    from ..pipeline.reads import files_now, paths_of, steady
+    from ..pipeline.recipe import dump_recipe
+    from ..pipeline.steps import passes_of
+
+    def is_read(files: Iterable[Read]) -> bool:
+        return path.exists() and any(one.exists() and one.samefile(path) for one in paths_of(files))
+
+    existed = path.exists()
+    read = is_read(steady(plan.reads))
+    if not read:
+        dump_recipe(recipe, path)
+        read = not existed and is_read(files_now(recipe, passes_of(recipe)))
+    if read:
+        if not existed:
+            path.unlink()
+        hint = "write it to another folder, or to a .yaml file"
+        raise UsageError(f"`{path}` would be read as a file of the model or the data", where="--save-recipe", hint=hint)
 
 
 def _is_current(plan: Plan, output: Path, screen: Screen) -> bool:

@@ -1,6 +1,7 @@
 """Outputs that cannot or must not be written."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,15 @@ def test_the_recipe_that_is_read_is_not_replaced(shell):
 def test_a_recipe_that_cannot_be_saved(below, place):
     options = ("--save-recipe", place, "-o", "out")
     below.refuses(*ARGUMENTS, *options, code=2, what=f"cannot write the recipe to `{place}`", hint="--save-recipe")
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "config.json"])
+def test_a_recipe_that_would_be_read_as_a_part_of_the_model(shell, name):
+    shutil.copytree(TINY, "model")
+    before = tree(shell.folder)
+    arguments = ("quantize", "model", "--group-size", "64", "-o", "out", "--save-recipe", f"model/{name}")
+    shell.refuses(*arguments, code=2, what=f"`model/{name}` would be read", hint="write it to another folder")
+    assert tree(shell.folder) == before
 
 
 def test_a_dry_run_writes_nothing(shell):
