@@ -268,17 +268,18 @@ class _Live:
         """Open a piece of long work."""
         if self._open == 0:
             self._progress = _progress(self._stderr())
-            self._progress.start()
         self._open += 1
-        begun = time.monotonic()
-        task = self._progress.add_task(title, total=total or 1, detail="")
-        try:
+        begun, task = time.monotonic(), None
+        try:  # a signal may come as soon as the first line is drawn
+            self._progress.start()
+            task = self._progress.add_task(title, total=total or 1, detail="")
             with undone_by(self._progress.stop):
                 yield _LiveStep(self._progress, task)
             if self._open == 1:
                 self._say(f"{title}: done in {seconds(time.monotonic() - begun)}", "dim")
         finally:
-            self._progress.remove_task(task)
+            if task is not None:
+                self._progress.remove_task(task)
             self._open -= 1
             if self._open == 0:
                 self._progress.stop()
