@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PATIENCE = 1.3
+PATIENCE = 1.4
 """Seconds that the main thread has to tidy up by itself; with what follows it is less than two."""
-
-_GRACE = 0.2
-"""Seconds that it has once more, when all is undone."""
 
 
 class Watchman:
@@ -48,8 +45,4 @@ class Watchman:
         from .core.ends import undo
 
         undo()
-        # A main thread in the midst of tidying up draws its last line after ours: it is let finish.
-        if self._over.wait(_GRACE):
-            os.close(read)
-            return
         os._exit(self._told(first[0]))
