@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from difflib import get_close_matches
 from typing import Any
 
 import typer
@@ -13,6 +14,19 @@ from .app import COMMANDS
 
 _ClickUsageError, _ClickException = typer.BadParameter.__mro__[1:3]
 """Typer carries its own copy of click in newer versions; its base classes are reached the same way in all of them."""
+
+_ELSEWHERE = {
+    "--asymmetric": ("asym",),
+    "--calibration": ("calib-data", "dataset"),
+    "--export": ("export-format", "format", "output-format"),
+    "--ignore": ("exclude", "modules-to-not-convert"),
+    "--length": ("max-seq-len", "max-seq-length", "seq-len", "seqlen"),
+    "--method": ("algorithm", "quant-method"),
+    "--samples": ("nsamples", "num-calibration-samples", "num-samples"),
+    "--scheme": ("bits", "precision", "quantization", "w-bit", "wbits", "weight-format"),
+    "--symmetric": ("sym",),
+}
+"""What options are called in other tools."""
 
 _TOO_LARGE = ("file too large (os error 27)",)
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
@@ -118,9 +132,12 @@ def _usage(error: Any) -> UsageError:
 def _nearest_option(name: str, ctx: Any, fallback: str) -> str:
     if ctx is None:
         return fallback
-    names = [name for param in ctx.command.get_params(ctx) for name in (*param.opts, *param.secondary_opts)]
-    hint = nearest(name, [option for option in names if option.startswith("--")])
-    return hint if hint.startswith("did you mean") else fallback
+    options = {option for param in ctx.command.get_params(ctx) for option in (*param.opts, *param.secondary_opts)}
+    words = {option[2:]: option for option in options if option.startswith("--")}
+    words |= {word: option for option, others in _ELSEWHERE.items() if option in options for word in others}
+    # Without the dashes, which are alike in all.
+    close = get_close_matches(name.strip("-"), words, n=1, cutoff=0.65)
+    return f"did you mean `{words[close[0]]}`?" if close else fallback
 
 
 def _parameter_name(param: Any) -> str:
