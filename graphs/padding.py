@@ -55,12 +55,14 @@ class Removal:
     padded: list[str] = field(default_factory=list[str])
 
 
-def remove_padding(model: ir.Model, *, groups: int) -> Removal:
+def remove_padding(model: ir.Model, *, groups: int, whole: bool = False) -> Removal:
     """Rewrite the graph in place.
 
     Args:
         model: a graph whose attention is `llmopt.Attention`, with the shapes of all values.
         groups: into how many groups of similar length a batch's texts are divided for attention.
+        whole: fill the row of tokens up to a multiple of the batch, so that its length is one of as many as texts may
+            have, and seldom new to an engine that compiles for each.
     """
     report = Removal()
     chosen: list[Attention] = []
@@ -76,7 +78,7 @@ def remove_padding(model: ir.Model, *, groups: int) -> Removal:
         chosen.append(attention)
     if padding is None:
         return report
-    _Packing(model, padding, chosen, groups, report).run()
+    _Packing(model, padding, chosen, report, groups=groups, whole=whole).run()
     return report
 
 
@@ -119,7 +121,14 @@ class _Packing:
     """One rewriting. `packed` holds, for a value of the graph, the same with batch 1 and sequence T."""
 
     def __init__(
-        self, model: ir.Model, padding: ir.Value, chosen: Sequence[Attention], groups: int, report: Removal
+        self,
+        model: ir.Model,
+        padding: ir.Value,
+        chosen: Sequence[Attention],
+        report: Removal,
+        *,
+        groups: int,
+        whole: bool,
     ) -> None:
         self.model = model
         self.padding = padding
@@ -132,7 +141,7 @@ class _Packing:
         self.end = ir.node("Identity", [padding])  # everything new is put before it, and sorted afterwards
         model.graph.append(self.end)
         self.builder = Builder(self.end)
-        self.index = _Index(self.builder, padding, groups)
+        self.index = _Index(self.builder, padding, groups, whole=whole)
 
     def run(self) -> None:
         nodes = [node for node in self.model.graph if node is not self.end and not self.index.owns(node)]
@@ -457,15 +466,15 @@ class _Index:
     """Where tokens lie, worked out once a batch.
 
     Attributes:
-        token: (T,) number of each real token in the padded batch.
-        text: (T,) the text it belongs to.
+        token: (T,) number of each real token in the padded batch, then of any others that fill the row.
+        text: (T,) the text it belongs to, -1 for those others.
         position: (T,) its place in the text, padding counted.
         place: (batch, sequence) row of each place of the padded batch; any row for padding.
         groups: the texts by length.
-        back: (T,) row of each real token in what the groups give, one after another.
+        back: (T,) row of each token in what the groups give, one after another; that of a real one for the others.
     """
 
-    def __init__(self, builder: Builder, padding: ir.Value, groups: int) -> None:
+    def __init__(self, builder: Builder, padding: ir.Value, groups: int, *, whole: bool) -> None:
         self._builder = builder
         first = len(builder.graph)
         kind = ir.DataType.INT64
@@ -477,16 +486,20 @@ class _Index:
         found = op("Squeeze", op("NonZero", flat), b.constant([0]))
         # A batch of nothing but padding keeps one token, so that no operator meets an empty input.
         count = op("Shape", found, dtype=kind)
-        spare = op("Max", op("Sub", b.constant([1]), count), b.constant([0]))
-        none = op("Range", b.constant(0), op("Squeeze", spare, b.constant([0])), b.constant(1))
-        self.token = op("Concat", found, none, axis=0)
+        needed = op("Max", count, b.constant([1]))
+        self._texts = op("Shape", mask, start=0, end=1)
+        if whole:
+            texts = op("Max", self._texts, b.constant([1]))
+            needed = op("Mul", op("Div", op("Sub", op("Add", needed, texts), b.constant([1])), texts), texts)
+        spare = op("Sub", needed, count)
+        others = op("Range", b.constant(0), op("Squeeze", spare, b.constant([0])), b.constant(1))
+        self.token = op("Concat", found, others, axis=0)
         width = op("Shape", mask, start=1, end=2)
-        self.text = op("Div", self.token, width)
+        self.text = op("Concat", op("Div", found, width), op("Expand", b.constant([-1]), spare), axis=0)
         self.position = op("Mod", self.token, width)
         before = op("CumSum", flat, b.constant(0))
         row = op("Max", op("Sub", before, b.constant([1])), b.constant([0]))
         self.place = op("Reshape", row, op("Shape", mask))
-        self._texts = op("Shape", mask, start=0, end=1)
         lengths = op("ReduceSum", mask, b.constant([1]), keepdims=0)
         starts = op("CumSum", lengths, b.constant(0), exclusive=1)
         self.groups, self.back = self._divide(lengths, starts, groups)
@@ -531,8 +544,9 @@ class _Index:
         every_row, every_real = (parts[0] if count == 1 else op("Concat", *parts, axis=0) for parts in (rows, real))
         where = op("Squeeze", op("NonZero", every_real, dtype=kind), b.constant([0]))
         target = op("Gather", every_row, where, axis=0)
-        zeros = op("Expand", b.constant([0]), op("Shape", self.token))
-        return groups, op("ScatterElements", zeros, target, where, axis=0)
+        real_row = op("ReduceMax", op("Concat", where, b.constant([0]), axis=0), b.constant([0]))
+        rows_of_others = op("Expand", real_row, op("Shape", self.token))
+        return groups, op("ScatterElements", rows_of_others, target, where, axis=0)
 
     def membership(self, dtype: ir.DataType) -> ir.Value:
         """Return (batch, T) numbers, 1 where a token belongs to a text."""

@@ -46,18 +46,26 @@ ENCODERS = {name: FAMILIES[name] for name in ("bert", "roberta", "distilbert", "
 
 
 @cache
-def opened(name: str) -> tuple[Any, Removal, onnxruntime.InferenceSession]:
-    """Return the model, what the pass did, and its graph without padding."""
+def opened(name: str) -> tuple[Any, Removal, list[onnxruntime.InferenceSession]]:
+    """Return the model, what the pass did, and its graph without padding, as it is and with the row filled up."""
     torch.set_num_threads(1)
     model = make_model(ENCODERS[name])
-    graph = trace(model, cache=False)
-    report = remove_padding(graph, groups=3)
-    spell_out(graph)
-    path = Path(mkdtemp()) / "model.onnx"
-    ir.save(graph, path)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
-    return model, report, onnxruntime.InferenceSession(str(path), options)
+    traced = trace(model, cache=False)
+    sessions: list[onnxruntime.InferenceSession] = []
+    for whole in (True, False):
+        graph = traced.clone()
+        report = remove_padding(graph, groups=3, whole=whole)
+        spell_out(graph)
+        path = Path(mkdtemp()) / "model.onnx"
+        lookups = [node for node in graph.graph if node.op_type == "Gather" and node.inputs[0].is_initializer()]
+        words = max(lookups, key=lambda node: node.inputs[0].shape[0]).outputs[0]
+        words.name = "words"
+        graph.graph.outputs.append(words)
+        ir.save(graph, path)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 3, 1
+        sessions.append(onnxruntime.InferenceSession(str(path), options))
+    return model, report, sessions
 
 
 @st.composite
@@ -80,27 +88,32 @@ def masks(draw: st.DrawFn) -> np.ndarray:
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(mask=masks(), seed=st.integers(0, 1 << 16))
 def test_real_tokens_are_the_same(name: str, mask: np.ndarray, seed: int):
-    model, report, session = opened(name)
+    model, report, sessions = opened(name)
     assert report.attentions == 2
     ids = np.random.default_rng(seed).integers(3, 270, mask.shape)
     feed = {"input_ids": np.where(mask, ids, model.config.pad_token_id or 0), "attention_mask": mask}
-    names = {value.name for value in session.get_inputs()}
+    names = {value.name for value in sessions[0].get_inputs()}
     if "token_type_ids" in names:
         feed["token_type_ids"] = ids % 2
     if "decoder_input_ids" in names:
         feed["decoder_input_ids"] = ids[:, :1].repeat(3, axis=1)
     with torch.no_grad():
         expected = model(**{key: torch.tensor(value) for key, value in feed.items()})
+    for session in sessions:
+        got = dict(zip((value.name for value in session.get_outputs()), session.run(None, feed), strict=True))
+        compare(got, expected, mask, generates="decoder_input_ids" in feed)
+
+
+def compare(made: dict[str, np.ndarray], expected: Any, mask: np.ndarray, *, generates: bool) -> None:
     compared = 0
-    for value, got in zip(session.get_outputs(), session.run(None, feed), strict=True):
-        if value.name not in expected:
+    for name, got in made.items():
+        if name not in expected:
             continue
-        reference = expected[value.name].numpy()
+        reference = expected[name].numpy()
         assert got.shape == reference.shape
         assert np.isfinite(got).all()
-        generates, encoder = "decoder_input_ids" in feed, value.name.startswith("encoder")
         kept = mask.any(axis=1)  # a text without tokens says nothing
-        if got.ndim == 3 and (encoder or not generates):
+        if got.ndim == 3 and (name.startswith("encoder") or not generates):
             kept = mask == 1
             assert (got[~kept] == 0).all()
         elif not generates:  # made from the first token
@@ -109,6 +122,16 @@ def test_real_tokens_are_the_same(name: str, mask: np.ndarray, seed: int):
             assert np.abs(got[kept] - reference[kept]).max(initial=0) < 1e-5
             compared += 1
     assert compared
+
+
+@pytest.mark.parametrize(("lengths", "rows"), [((5, 1, 1), 9), ((2, 2, 2), 6), ((4,), 4), ((0, 0, 0), 3)])
+def test_the_row_is_filled_up_to_a_multiple_of_the_batch(lengths: tuple[int, ...], rows: int):
+    """An engine that compiles for each shape meets no more of them than texts have lengths."""
+    filled, exact = opened("bert")[2]
+    mask = (np.arange(6) < np.array(lengths)[:, None]).astype(np.int64)
+    feed = {"input_ids": mask * 5, "attention_mask": mask, "token_type_ids": mask * 0}
+    assert filled.run(["words"], feed)[0].shape[1] == rows
+    assert exact.run(["words"], feed)[0].shape[1] == max(1, sum(lengths))
 
 
 def test_what_is_moved_for_a_token_is_counted():

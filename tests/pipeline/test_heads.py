@@ -18,6 +18,7 @@ from llmopt.models.sentence import read_sentence
 from llmopt.models.text import load_tokenizer
 from llmopt.pipeline.plan import make_plan
 from llmopt.runtimes.onnxruntime_ import OnnxRuntime
+from llmopt.runtimes.openvino_ import OpenVino
 from llmopt.runtimes.transformers_ import Transformers
 
 HEADS = {
@@ -94,6 +95,20 @@ def test_a_sentence_folder_is_exported_with_its_pooling(tmp_path, pooling, dense
     assert np.abs(made["sentence_embedding"] - expected.numpy()).max() < 1e-4
     again = read_sentence(tmp_path / "out")
     assert (again.pooling, again.normalize, len(again.dense)) == ((pooling,), normalize, bool(dense))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_what_fills_up_the_row_of_tokens_is_not_pooled(tmp_path, pooling):
+    """OpenVINO gets a row of tokens whose length is a multiple of the batch."""
+    folder = save_sentence_folder(tmp_path / "model", pooling={"pooling_mode": pooling})
+    build(recipe(folder, ("remove-padding", {}), export=("openvino", {})), tmp_path / "out")
+    session = OpenVino().open(tmp_path / "out", threads=1)
+    ids = torch.tensor(random_rows(5, 20))
+    mask = torch.ones_like(ids)
+    mask[0, 11:] = mask[1, 7:] = mask[3, 1:] = 0
+    assert mask.sum() % len(ids)
+    made = session.outputs({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})["sentence_embedding"]
+    assert np.abs(made - naive_embedding(folder, ids, mask, pooling=pooling).numpy()).max() < 1e-4
 
 
 def test_the_verification_sees_padding(tmp_path):
