@@ -12,11 +12,11 @@ normalising. ENGINE is onnxruntime (if not given), openvino or openvino-bf16. MO
 
 Every engine is a process of its own, loaded once and timed on command. They take turns by slices of eight batches, so
 that whatever else the machine does falls on all of them alike; a slice's time is the median of the rounds. A first
-pass, which sees every shape for the first time, is not among them and stands on its own in the JSON. Threads work
-together on a batch or are divided among as many batches at a time as --parallel says; every engine is measured both
-ways. "of best" divides ours by the best peer of its precision in that column, whichever way that is. The share of the
-peak is that of the linear layers alone, on real tokens, of what large float32 matrices reach in the same run on these
-cores.
+pass, which sees every shape for the first time, is not among them and stands on its own in the JSON; with `--rounds 0`
+it is all there is, as in a service that has just started. Threads work together on a batch or are divided among as many
+batches at a time as --parallel says; every engine is measured both ways. "of best" divides ours by the best peer of its
+precision in that column, whichever way that is. The share of the peak is that of the linear layers alone, on real
+tokens, of what large float32 matrices reach in the same run on these cores.
 
 Spearman's correlation, times 100, is over the pairs that were measured. `alone` is the largest difference of an
 embedding made alone from the one made in a batch.
@@ -191,7 +191,7 @@ def timed(workers: list[Worker], batches: list[list[str]], rounds: int) -> list[
                 seconds[at].append(workers[at].ask({"batches": some})["seconds"])
         for at, (seen, *later) in enumerate(seconds):
             first[at] += seen
-            usual[at] += statistics.median(later)
+            usual[at] += statistics.median(later or [seen])
     texts = sum(map(len, batches))
     return [(texts / middle, texts / seen) for middle, seen in zip(usual, first, strict=True)]
 
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--parallel", type=int, nargs="+", default=[1, 2], help="those that divide the threads")
     parser.add_argument("--orders", nargs="+", choices=["file", "length"], default=["file", "length"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: the first pass alone, each batch once")
     parser.add_argument(
         "--every",
         type=int,

@@ -61,7 +61,7 @@ class RemovePadding(GraphPass[RemovePaddingParams]):
     """Compute everything but attention on the real tokens of a batch, in standard operators.
 
     Inputs and outputs keep their names and shapes; outputs at padded places are zero. Padding may be on either side, or
-    anywhere.
+    anywhere. For OpenVINO, which compiles for each shape, the row of tokens is filled up to a multiple of the batch.
     """
 
     name: ClassVar[str] = "remove-padding"
