@@ -31,6 +31,7 @@ class Hub:
         self.private: dict[str, bool] = {}
         self.uploads: list[str] = []
         self.fail_after: int | None = None
+        self.lock = threading.Lock()
         self.tokens: set[str | None] = set()
         self.messages: list[str] = []
 
@@ -79,13 +80,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         data = self._body()
-        if self.hub.fail_after is not None and len(self.hub.uploads) >= self.hub.fail_after:
-            self.close_connection = True  # without an answer, as a line that breaks
-            return
         digest = hashlib.sha256(data).hexdigest()
         assert self.path == f"/upload/{digest}"
-        self.hub.objects[digest] = data
-        self.hub.uploads.append(digest)
+        with self.hub.lock:  # files come side by side
+            if self.hub.fail_after is not None and len(self.hub.uploads) >= self.hub.fail_after:
+                self.close_connection = True  # without an answer, as a line that breaks
+                return
+            self.hub.objects[digest] = data
+            self.hub.uploads.append(digest)
         self._answer(200, {})
 
     def do_HEAD(self) -> None:
