@@ -14,6 +14,17 @@ if TYPE_CHECKING:
 
 CONTRIB = "com.microsoft"
 
+_ONE_INPUT = """
+    Abs Cast Ceil Clip Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity IsNaN LeakyRelu Log Mish
+    Neg Not Reciprocal Relu Round Selu Sigmoid Sign Silu Softplus Softsign Sqrt Swish Tanh FastGelu
+    QuickGelu
+"""
+_ALL_INPUTS = """
+    Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mod Mul Or Pow Sub Where
+"""
+UNARY, BROADCASTING = (frozenset(names.split()) for names in (_ONE_INPUT, _ALL_INPUTS))
+"""Operators that treat the numbers of their first input one by one, and those that do so with all their inputs."""
+
 
 def made_by(value: ir.Value | None, operator: str, domain: str = "") -> ir.Node | None:
     """Return the node that makes `value` if it is an `operator` of `domain`."""

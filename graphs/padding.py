@@ -15,25 +15,16 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .attention import ATTENTION, DOMAIN, Attention, Mask, attentions
-from .nodes import CONTRIB, Builder, constant, made_by, permutation, size
+from .nodes import BROADCASTING, CONTRIB, UNARY, Builder, constant, made_by, permutation, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_UNARY = """
-    Abs Cast Ceil Clip Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity IsNaN LeakyRelu Log Mish
-    Neg Not Reciprocal Relu Round Selu Sigmoid Sign Silu Softplus Softsign Sqrt Swish Tanh FastGelu
-    QuickGelu
-"""
-_BROADCASTING = """
-    Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mod Mul Or Pow Sub Where
-"""
-_OVER_CHANNELS = """
+_CHANNELS = """
     LayerNormalization RMSNormalization SimplifiedLayerNormalization SkipLayerNormalization
     SkipSimplifiedLayerNormalization BiasGelu
 """
-_UNARY, _BROADCASTING, _OVER_CHANNELS = (frozenset(names.split()) for names in (_UNARY, _BROADCASTING, _OVER_CHANNELS))
-
+_OVER_CHANNELS = frozenset(_CHANNELS.split())
 
 _FLOAT_BYTES = 4
 
@@ -190,9 +181,9 @@ class _Packing:
 
     def _operands(self, node: ir.Node) -> list[ir.Value | None] | None:
         """Return what the node reads when its values are packed, None if it does not treat tokens one by one."""
-        if node.op_type in _UNARY or self._is_over_channels(node):
+        if node.op_type in UNARY or self._is_over_channels(node):
             return [self.packed.get(value, value) if value is not None else None for value in node.inputs]
-        if node.op_type not in _BROADCASTING:
+        if node.op_type not in BROADCASTING:
             return None
         rank = _rank(node.outputs[0])
         found = [self._operand(value, rank) for value in node.inputs if value is not None]

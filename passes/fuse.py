@@ -60,7 +60,7 @@ class Fuse(GraphPass[FuseParams]):
             )
 
     def run(self, model: GraphModel, context: PassContext) -> PassResult:
-        """Fuse; OpenVINO fuses standard operators by itself.
+        """Fuse; OpenVINO fuses standard operators by itself, and is given feed-forwards as it is fastest with them.
 
         Raises:
             LlmoptError: for a GPU: an operator is not known to have a kernel there.
@@ -80,6 +80,12 @@ class Fuse(GraphPass[FuseParams]):
             result.metrics = {f"{kind}_count": count for kind, count in report.counts.items()}
             result.changed = report.matched
             result.skipped = [Skip(name, reason) for name, reason in report.left]
+        elif model.engine == "openvino" and target == "cpu":
+            from ..graphs.rows import join_texts
+
+            if joined := join_texts(model.graph):
+                result.metrics = {"feed_forwards_in_rows_count": joined}
+                result.changed = [f"{joined} feed-forwards on rows of tokens"]
         elif target == "edge":
             result.notes = ["standard operators alone: nothing is fused"]
         after = len(list(model.graph.graph.all_nodes()))

@@ -1,0 +1,126 @@
+"""Feed-forwards on a batch's tokens in one row, for OpenVINO.
+
+Its float32 kernel for a product with an activation behind it goes through a (batch, tokens, width) array text by text.
+For short texts that takes up to a third longer than the same product of a (batch * tokens, width) array.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from .nodes import BROADCASTING, UNARY, Builder, constant, size
+
+
+@dataclass(frozen=True, slots=True)
+class _FeedForward:
+    """Products, one or two of which one gates the other, an activation of theirs, and the product of that."""
+
+    firsts: list[ir.Node]
+    inside: list[ir.Node]
+    last: ir.Node
+
+
+def join_texts(model: ir.Model) -> int:
+    """Have feed-forwards read (batch, tokens, width) as rows, in place, and return how many there were."""
+    count = 0
+    for node in list(model.graph):
+        if (found := _feed_forward(node)) is not None:
+            _join(found)
+            count += 1
+    if count:
+        model.graph.sort()
+    return count
+
+
+def _feed_forward(last: ir.Node) -> _FeedForward | None:
+    """Return what ends with a product, None if it is no feed-forward or anything else reads a part of it."""
+    if not _is_linear(last):
+        return None
+    firsts: dict[ir.Node, None] = {}
+    inside: dict[ir.Node, None] = {}
+    ends = [last.inputs[0]]
+    while ends:
+        value = ends.pop()
+        node = value.producer() if value is not None else None
+        if node is None:
+            return None
+        if node in inside or node in firsts:
+            continue
+        if _is_linear(node):
+            firsts[node] = None
+        elif not node.domain and node.op_type in UNARY | BROADCASTING:
+            inside[node] = None
+            ends += [each for each in node.inputs if not _is_free(each)]
+        else:
+            return None
+    within = {last, *inside}
+    made = [output for node in (*inside, *firsts) for output in node.outputs]
+    if not any(node.op_type in UNARY for node in inside) or last.outputs[0].is_graph_output():
+        return None
+    if any(value.is_graph_output() or not within.issuperset(value.consumers()) for value in made):
+        return None
+    if len({_leading(node.inputs[0]) for node in firsts}) != 1:
+        return None
+    return _FeedForward(list(firsts), list(inside), last)
+
+
+def _is_linear(node: ir.Node) -> bool:
+    """Return whether a node multiplies (batch, tokens, width) by a constant matrix."""
+    if node.op_type != "MatMul" or node.domain:
+        return False
+    read, matrix = node.inputs
+    stored = constant(matrix)
+    if read is None or stored is None or stored.ndim != 2 or size(read, 2) is None:
+        return False
+    return _leading(read) is not None
+
+
+def _leading(value: ir.Value | None) -> tuple[int | str, ...] | None:
+    """Return the sizes, or their names, in front of the last of three axes."""
+    if value is None or value.shape is None or len(value.shape) != 3:
+        return None
+    sizes = [each if isinstance(each, int) else each.value for each in value.shape[:-1]]
+    known = tuple(each for each in sizes if each is not None)
+    return known if len(known) == len(sizes) else None
+
+
+def _is_free(value: ir.Value | None) -> bool:
+    """Return whether a value is the same for every token."""
+    if value is None:
+        return True
+    stored = constant(value)
+    return stored is not None and stored.ndim < 2
+
+
+def _join(found: _FeedForward) -> None:
+    source = found.firsts[0].inputs[0]
+    assert source is not None
+    builder = Builder(found.firsts[0])
+    rows: dict[ir.Value | None, ir.Value] = {}
+    for node in found.firsts:
+        read = node.inputs[0]
+        if read not in rows:
+            width = size(read, 2)
+            rows[read] = builder.op("Reshape", read, builder.constant([-1, width]), shape=["rows", width])
+        node.replace_input_with(0, rows[read])
+    end = _with_bias(found.last)
+    for value in (output for node in (*found.firsts, *found.inside, found.last, end) for output in node.outputs):
+        value.shape = ir.Shape(["rows", size(value, -1)])
+    product, users = end.outputs[0], list(end.outputs[0].uses())
+    shape = builder.op("Shape", source, start=0, end=2, dtype=ir.DataType.INT64)
+    shape = builder.op("Concat", shape, builder.constant([size(product, -1)]), axis=0)
+    apart = builder.op("Reshape", product, shape, shape=[*(source.shape or ())[:-1], size(product, -1)])
+    for user, place in users:
+        user.replace_input_with(place, apart)
+
+
+def _with_bias(product: ir.Node) -> ir.Node:
+    """Return the node that adds a product's bias, the product where it has none."""
+    users = list(product.outputs[0].consumers())
+    if len(users) == 1 and users[0].op_type == "Add" and not users[0].domain:
+        others = [value for value in users[0].inputs if value is not product.outputs[0]]
+        if len(others) == 1 and _is_free(others[0]) and not users[0].outputs[0].is_graph_output():
+            return users[0]
+    return product
