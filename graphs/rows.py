@@ -61,7 +61,8 @@ def _feed_forward(last: ir.Node) -> _FeedForward | None:
         return None
     if any(value.is_graph_output() or not within.issuperset(value.consumers()) for value in made):
         return None
-    if len({_leading(node.inputs[0]) for node in firsts}) != 1:
+    sizes = {_leading(node.inputs[0]) for node in firsts}
+    if len(sizes) != 1 or 1 in {each[0] for each in sizes if each is not None}:  # of one text they are rows already
         return None
     return _FeedForward(list(firsts), list(inside), last)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from families import FAMILIES, make_model, make_tokenizer
 from helpers import build, recipe
+from llmopt.graphs.padding import remove_padding
 from llmopt.graphs.rows import join_texts
 from running import largest_difference, names, run, written
 
@@ -89,15 +90,20 @@ def test_other_than_three_axes(read: str, outputs: str):
     assert join_texts(multilayer(rest, outputs, read)) == 0
 
 
-@pytest.mark.parametrize("size", [(1, 1), (4, 7)])
-def test_a_fixed_size(size: tuple[int, int]):
-    batch, tokens = size
+@pytest.mark.parametrize(("batch", "tokens"), [(4, 7), (4, 1), (1, 7)])
+def test_a_fixed_size(batch: int, tokens: int):
     rest = "a = MatMul(x, first) c = Relu(a) d = MatMul(c, last) y = Neg(d)"
     model = multilayer(rest, f"float[{batch}, {tokens}, 8] y", f"{batch}, {tokens}, 8")
     given = feed(batch, tokens, 8)
     exact = run(model, given)
-    assert join_texts(model) == 1
+    assert join_texts(model) == (batch > 1)
     assert largest_difference(exact, run(model, given)) < 1e-6
+
+
+def test_without_padding_they_are_rows_already(traced: Callable[[str], ir.Model]):
+    model = traced("bert")
+    assert remove_padding(model, groups=2, whole=True).attentions == 2
+    assert join_texts(model) == 0
 
 
 def test_openvino_gets_them(tmp_path: Path):
