@@ -10,6 +10,11 @@ of spelling it out in a way that no later pass could read:
 values than of queries are shared by equal groups. Its mask is boolean, or floating point and added. `Mask` gives
 (batch, 1, queries, keys), true where the key is no padding and, if causal, not after the query, nor `window` tokens or
 more before it; the queries are the last of the keys.
+
+`Attention` may say that its texts are short. OpenVINO computes it in one kernel, head by head and text by text, the
+start of which takes longer than the products of a short text; `short` spells it out so that OpenVINO does not recognize
+it, and each operator computes all heads of all texts at once. Its scores are (batch, heads, keys, queries) then: the
+softmax goes through as many queries at a time as a vector holds.
 """
 
 from __future__ import annotations
@@ -43,6 +48,7 @@ class Attention:
         scale: of the products of queries and keys.
         softcap: their limit, 0 for none.
         causal: whether queries see no later keys, beside the mask; the first query then is as old as the first key.
+        short: whether one operator after the other is faster than a kernel that does it all.
     """
 
     node: ir.Node
@@ -53,6 +59,7 @@ class Attention:
     scale: float
     softcap: float
     causal: bool
+    short: bool
 
     @classmethod
     def of(cls, node: ir.Node) -> Attention:
@@ -72,6 +79,7 @@ class Attention:
             read.get_float("scale", 1.0),
             read.get_float("softcap", 0.0),
             bool(read.get_int("causal", 0)),
+            bool(read.get_int("short", 0)),
         )
 
     @property
@@ -169,6 +177,7 @@ def _spell_out(attention: Attention, biases: dict[Any, ir.Value]) -> None:
     query, key, value = attention.query, attention.key, attention.value
     heads, key_heads = attention.heads, attention.key_heads
     grouped = heads != key_heads
+    by_key = attention.short and not grouped  # scores are (batch, heads, keys, queries)
     if attention.scale != 1:
         query = builder.op("Mul", query, builder.constant(attention.scale, dtype.numpy()))
     if grouped:
@@ -180,15 +189,18 @@ def _spell_out(attention: Attention, biases: dict[Any, ir.Value]) -> None:
         )
         key = builder.op("Unsqueeze", key, builder.constant([2]))
         value = builder.op("Unsqueeze", value, builder.constant([2]))
-    scores = builder.op("MatMul", query, _turned(builder, key, grouped=grouped))
+    left, right = (key, query) if by_key else (query, key)
+    scores = builder.op("MatMul", left, _turned(builder, right, grouped=grouped))
     if attention.softcap:
         cap = builder.constant(attention.softcap, dtype.numpy())
         scores = builder.op("Mul", builder.op("Tanh", builder.op("Div", scores, cap)), cap)
     bias = _bias(builder, attention, biases)
     if bias is not None:
         bias = builder.op("Unsqueeze", bias, builder.constant([1])) if grouped else bias
+        bias = builder.op("Transpose", bias, perm=[0, 1, 3, 2]) if by_key else bias
         scores = builder.op("Add", scores, bias)
-    weights = builder.op("Softmax", scores, axis=-1)
+    weights = builder.op("Softmax", scores, axis=2 if by_key else -1)
+    weights = builder.op("Transpose", weights, perm=[0, 1, 3, 2]) if by_key else weights
     out = builder.op("MatMul", weights, value)
     out = builder.op("Transpose", out, perm=[0, 3, 1, 2, 4] if grouped else [0, 2, 1, 3])
     if grouped:
@@ -198,7 +210,7 @@ def _spell_out(attention: Attention, biases: dict[Any, ir.Value]) -> None:
 
 
 def _turned(builder: Builder, key: ir.Value, *, grouped: bool) -> ir.Value:
-    """Return the keys with their last two axes exchanged."""
+    """Return keys, or queries, with their last two axes exchanged."""
     swap = None if grouped else made_by(key, "Transpose")
     if swap is not None and permutation(swap) == [0, 2, 1, 3]:
         return builder.op("Transpose", swap.inputs[0], perm=[0, 2, 3, 1])

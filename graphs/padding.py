@@ -9,6 +9,7 @@ operators; the idea is ByteTransformer's and FasterTransformer's (Zhai et al. 20
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -46,7 +47,7 @@ class Removal:
     padded: list[str] = field(default_factory=list[str])
 
 
-def remove_padding(model: ir.Model, *, groups: int, whole: bool = False) -> Removal:
+def remove_padding(model: ir.Model, *, groups: int, whole: bool = False, short: int = 0) -> Removal:
     """Rewrite the graph in place.
 
     Args:
@@ -54,6 +55,7 @@ def remove_padding(model: ir.Model, *, groups: int, whole: bool = False) -> Remo
         groups: into how many groups of similar length a batch's texts are divided for attention.
         whole: fill the row of tokens up to a multiple of the batch, so that its length is one of as many as texts may
             have, and seldom new to an engine that compiles for each.
+        short: texts of up to this many tokens are one more group, whose attention is spelled out for short texts.
     """
     report = Removal()
     chosen: list[Attention] = []
@@ -69,7 +71,7 @@ def remove_padding(model: ir.Model, *, groups: int, whole: bool = False) -> Remo
         chosen.append(attention)
     if padding is None:
         return report
-    _Packing(model, padding, chosen, report, groups=groups, whole=whole).run()
+    _Packing(model, padding, chosen, report, _Layout(groups, whole, short)).run()
     return report
 
 
@@ -117,9 +119,7 @@ class _Packing:
         padding: ir.Value,
         chosen: Sequence[Attention],
         report: Removal,
-        *,
-        groups: int,
-        whole: bool,
+        layout: _Layout,
     ) -> None:
         self.model = model
         self.padding = padding
@@ -132,7 +132,7 @@ class _Packing:
         self.end = ir.node("Identity", [padding])  # everything new is put before it, and sorted afterwards
         model.graph.append(self.end)
         self.builder = Builder(self.end)
-        self.index = _Index(self.builder, padding, groups, whole=whole)
+        self.index = _Index(self.builder, padding, layout)
 
     def run(self) -> None:
         nodes = [node for node in self.model.graph if node is not self.end and not self.index.owns(node)]
@@ -305,8 +305,11 @@ class _Packing:
         """Return attention over each text's own tokens, (T, heads * head size)."""
         builder, outs = self.builder, list[ir.Value]()
         for group in self.index.groups:
-            parts = [self._heads_first(builder.op("Gather", row, group.rows, axis=0), sizes) for row, sizes in rows]
-            out = self._attention(attention, parts, group.seen)
+            parts = [
+                self._heads_first(builder.op("Gather", row, group.rows, axis=0), sizes, group.axes)
+                for row, sizes in rows
+            ]
+            out = self._attention(attention, parts, group.seen, short=group.short)
             outs.append(builder.op("Reshape", out, builder.constant([-1, _width(rows)])))
         together = outs[0] if len(outs) == 1 else builder.op("Concat", *outs, axis=0)
         return builder.op("Gather", together, self.index.back, axis=0)
@@ -320,13 +323,17 @@ class _Packing:
             "Gather", builder.op("Reshape", out, builder.constant([-1, _width(rows)])), self.index.token, axis=0
         )
 
-    def _heads_first(self, rows: ir.Value, sizes: Sequence[int]) -> ir.Value:
-        builder, (heads, width) = self.builder, sizes
+    def _heads_first(
+        self, rows: ir.Value, sizes: Sequence[int], axes: tuple[str, str] = ("texts", "longest")
+    ) -> ir.Value:
+        builder, (heads, width), (texts, longest) = self.builder, sizes, axes
         apart = builder.op("Reshape", rows, builder.constant([0, 0, heads, width]))
-        return builder.op("Transpose", apart, perm=[0, 2, 1, 3], shape=["texts", heads, "longest", width])
+        return builder.op("Transpose", apart, perm=[0, 2, 1, 3], shape=[texts, heads, longest, width])
 
-    def _attention(self, attention: Attention, parts: Sequence[ir.Value], mask: ir.Value | None) -> ir.Value:
-        settings = {"scale": 1.0, "softcap": attention.softcap, "causal": 0}
+    def _attention(
+        self, attention: Attention, parts: Sequence[ir.Value], mask: ir.Value | None, *, short: bool = False
+    ) -> ir.Value:
+        settings = {"scale": 1.0, "softcap": attention.softcap, "causal": 0, "short": int(short)}
         return self.builder.op(ATTENTION, *parts, mask, domain=DOMAIN, dtype=attention.query.dtype, **settings)
 
     # Between the two forms
@@ -451,6 +458,17 @@ class _Group:
 
     rows: ir.Value
     seen: ir.Value
+    axes: tuple[str, str]
+    short: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How texts lie in the row and are divided, as `remove_padding` takes it."""
+
+    groups: int
+    whole: bool
+    short: int
 
 
 class _Index:
@@ -465,7 +483,7 @@ class _Index:
         back: (T,) row of each token in what the groups give, one after another; that of a real one for the others.
     """
 
-    def __init__(self, builder: Builder, padding: ir.Value, groups: int, *, whole: bool) -> None:
+    def __init__(self, builder: Builder, padding: ir.Value, layout: _Layout) -> None:
         self._builder = builder
         first = len(builder.graph)
         kind = ir.DataType.INT64
@@ -479,7 +497,7 @@ class _Index:
         count = op("Shape", found, dtype=kind)
         needed = op("Max", count, b.constant([1]))
         self._texts = op("Shape", mask, start=0, end=1)
-        if whole:
+        if layout.whole:
             texts = op("Max", self._texts, b.constant([1]))
             needed = op("Mul", op("Div", op("Sub", op("Add", needed, texts), b.constant([1])), texts), texts)
         spare = op("Sub", needed, count)
@@ -493,7 +511,7 @@ class _Index:
         self.place = op("Reshape", row, op("Shape", mask))
         lengths = op("ReduceSum", mask, b.constant([1]), keepdims=0)
         starts = op("CumSum", lengths, b.constant(0), exclusive=1)
-        self.groups, self.back = self._divide(lengths, starts, groups)
+        self.groups, self.back = self._divide(lengths, starts, layout)
         self._memberships: dict[ir.DataType, ir.Value] = {}
         nodes = list(builder.graph)
         self._nodes = set(nodes[first - 1 :])
@@ -502,25 +520,22 @@ class _Index:
         """Return whether the node computes the index."""
         return node in self._nodes
 
-    def _divide(self, lengths: ir.Value, starts: ir.Value, count: int) -> tuple[list[_Group], ir.Value]:
-        """Sort the texts by length and cut them into groups of equal number."""
+    def _divide(self, lengths: ir.Value, starts: ir.Value, layout: _Layout) -> tuple[list[_Group], ir.Value]:
+        """Sort the texts by length and cut them into groups: the short ones, and the others by equal number."""
         b, op, kind = self._builder, self._builder.op, ir.DataType.INT64
+        cuts = self._cuts(lengths, layout)
         order = None
-        if count > 1:
+        if len(cuts) > 2:
             order = b.ops("TopK", lengths, self._texts, outputs=2, axis=0, largest=0)[1]
             order.dtype = kind
         last = op("Sub", op("Shape", self.token), b.constant([1]))
         groups: list[_Group] = []
         rows: list[ir.Value] = []
         real: list[ir.Value] = []
-        for number in range(count):
+        for number, (first, end) in enumerate(pairwise(cuts)):
             own, begin = lengths, starts
             if order is not None:
-                cuts = [
-                    op("Div", op("Mul", self._texts, b.constant([each])), b.constant([count]))
-                    for each in (number, number + 1)
-                ]
-                members = op("Slice", order, *cuts, b.constant([0]))
+                members = op("Slice", order, first, end, b.constant([0]))
                 own, begin = op("Gather", lengths, members, axis=0), op("Gather", starts, members, axis=0)
             # The longest, 1 for an empty group.
             longest = op("ReduceMax", op("Concat", own, b.constant([1]), axis=0), b.constant([0]), keepdims=0)
@@ -529,15 +544,33 @@ class _Index:
             seen = op("Less", steps, ends, dtype=ir.DataType.BOOL)
             inside = op("Max", op("Min", steps, op("Sub", ends, b.constant([1]))), b.constant([0]))
             place = op("Min", op("Add", op("Unsqueeze", begin, b.constant([1])), inside), last)
-            groups.append(_Group(place, op("Unsqueeze", seen, b.constant([1, 2]), shape=["texts", 1, 1, "longest"])))
+            axes = f"texts.{number}", f"longest.{number}"
+            seen = op("Unsqueeze", seen, b.constant([1, 2]), shape=[axes[0], 1, 1, axes[1]])
+            groups.append(_Group(place, seen, axes, short=bool(layout.short) and number == 0))
             rows.append(op("Reshape", place, b.constant([-1])))
             real.append(op("Reshape", seen, b.constant([-1])))
-        every_row, every_real = (parts[0] if count == 1 else op("Concat", *parts, axis=0) for parts in (rows, real))
+        every_row, every_real = (
+            parts[0] if len(parts) == 1 else op("Concat", *parts, axis=0) for parts in (rows, real)
+        )
         where = op("Squeeze", op("NonZero", every_real, dtype=kind), b.constant([0]))
         target = op("Gather", every_row, where, axis=0)
         real_row = op("ReduceMax", op("Concat", where, b.constant([0]), axis=0), b.constant([0]))
         rows_of_others = op("Expand", real_row, op("Shape", self.token))
         return groups, op("ScatterElements", rows_of_others, target, where, axis=0)
+
+    def _cuts(self, lengths: ir.Value, layout: _Layout) -> list[ir.Value]:
+        """Return where each group of the sorted texts begins, and the end of the last: (1,) each."""
+        b, op, kind = self._builder, self._builder.op, ir.DataType.INT64
+        cuts, begin, others = [b.constant([0])], None, self._texts
+        if layout.short:
+            short = op("LessOrEqual", lengths, b.constant(layout.short), dtype=ir.DataType.BOOL)
+            begin = op("ReduceSum", op("Cast", short, to=kind, dtype=kind), b.constant([0]), keepdims=1)
+            cuts.append(begin)
+            others = op("Sub", self._texts, begin)
+        for each in range(1, layout.groups + 1):
+            end = op("Div", op("Mul", others, b.constant([each])), b.constant([layout.groups]))
+            cuts.append(end if begin is None else op("Add", begin, end))
+        return cuts
 
     def membership(self, dtype: ir.DataType) -> ir.Value:
         """Return (batch, T) numbers, 1 where a token belongs to a text."""

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _GROUPS: dict[Engine, int] = {"onnxruntime": 8, "openvino": 2}
 """More groups pad less and have more nodes, which cost OpenVINO more: 4 of them 6 % on short texts of one length."""
 
+_SHORT: dict[Engine, int] = {"openvino": 32}
+"""Up to how many tokens attention is faster with its operators one after the other than in a kernel that does it all:
+in OpenVINO 32 in float32, with AMX about 60 in bfloat16 (MiniLM, `benchmarks/encoder.py`)."""
+
 _COMPILES_SHAPES: frozenset[Engine] = frozenset({"openvino"})
 """Engines that compile for each shape they meet: for MiniLM in 8 bits that takes as long as a batch of short texts."""
 
@@ -48,7 +52,7 @@ class RemovePaddingParams(Params, frozen=True):
         Annotated[int, Meta(ge=1, le=16)] | None,
         Meta(
             description="Attention pads texts to the longest of their group: into how many groups of similar length a "
-            "batch is divided; 8, or 2 for OpenVINO, when left out.",
+            "batch is divided; 8 when left out. In OpenVINO texts of up to 32 tokens are one group, and the others 2.",
         ),
     ] = None
     required: Annotated[
@@ -61,7 +65,8 @@ class RemovePadding(GraphPass[RemovePaddingParams]):
     """Compute everything but attention on the real tokens of a batch, in standard operators.
 
     Inputs and outputs keep their names and shapes; outputs at padded places are zero. Padding may be on either side, or
-    anywhere. For OpenVINO, which compiles for each shape, the row of tokens is filled up to a multiple of the batch.
+    anywhere. For OpenVINO, which compiles for each shape, the row of tokens is filled up to a multiple of the batch;
+    attention of short texts is spelled out there, which is faster.
     """
 
     name: ClassVar[str] = "remove-padding"
@@ -99,8 +104,9 @@ class RemovePadding(GraphPass[RemovePaddingParams]):
                 f"`{self.name}` needs a mask of tokens",
                 f"the graph's inputs are {', '.join(inputs)}, nothing is padded",
             )
-        groups, whole = self.params.groups or _GROUPS[model.engine], model.engine in _COMPILES_SHAPES
-        report = remove_padding(model.graph, groups=groups, whole=whole)
+        engine = model.engine
+        groups, short = self.params.groups or _GROUPS[engine], _SHORT.get(engine, 0)
+        report = remove_padding(model.graph, groups=groups, whole=engine in _COMPILES_SHAPES, short=short)
         if not report.attentions:
             reasons = "; ".join(sorted({reason for _, reason in report.left})) or "no attention was recognized"
             return self._nothing(f"`{self.name}` finds nothing to do in {model.facts.architecture}", reasons)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,29 @@ def test_bfloat16_is_what_the_file_asks_for(tmp_path: Path):
     assert parity.passed
     assert "mean_cosine_distance" in parity.tolerance
     assert '<INFERENCE_PRECISION_HINT value="bf16"' in (tmp_path / "out" / "openvino_model.xml").read_text()
+
+
+def test_attention_of_short_and_of_long_texts(tmp_path: Path):
+    """Texts of up to 32 tokens are attended to with other operators; either kind may be missing from a batch."""
+    folder = source(tmp_path / "model", "distilbert")
+    build(recipe(folder, ("remove-padding", {}), ("fuse", {}), export=("openvino", {})), tmp_path / "out")
+    layers = ET.parse(tmp_path / "out" / "openvino_model.xml").getroot().find("layers")
+    assert layers is not None
+    axes = [layer.find("data").get("axis") for layer in layers if layer.get("type") == "SoftMax"]
+    assert sorted(axes) == ["-1"] * 4 + ["2"] * 2  # in each of two layers: two groups of long texts, one of short ones
+    session = OpenVino().open(tmp_path / "out", threads=1)
+    model = make_model(FAMILIES["distilbert"])
+    generator = torch.Generator().manual_seed(0)
+    for lengths in ((32, 7, 1), (33, 60, 48), (5, 40, 32, 33, 50), (2,), (41,), (0, 60, 3)):
+        places = torch.arange(max(lengths))
+        mask = (places < torch.tensor(lengths)[:, None]).long()
+        ids = torch.randint(3, 270, mask.shape, generator=generator) * mask
+        made = session.outputs({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})["last_hidden_state"]
+        with torch.no_grad():
+            expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        difference = (torch.tensor(made) - expected).abs()
+        assert difference[mask == 1].max() < 1e-4
+        assert (made[mask.numpy() == 0] == 0).all()
 
 
 def test_packed_codes_are_refused(tmp_path: Path):

@@ -15,7 +15,7 @@ from llmopt.graphs.attention import ATTENTION, DOMAIN, MASK, attentions, spell_o
 BATCH, HEADS, SIZE = 2, 4, 8
 
 
-def graph(*, key_heads: int, causal: bool, window: int, softcap: float, padded: bool) -> ir.Model:
+def graph(*, key_heads: int, causal: bool, window: int, softcap: float, padded: bool, short: bool = False) -> ir.Model:
     """Return a graph that is one attention with one mask."""
     kinds = {
         "query": (ir.DataType.FLOAT, (BATCH, HEADS, "queries", SIZE)),
@@ -35,7 +35,7 @@ def graph(*, key_heads: int, causal: bool, window: int, softcap: float, padded: 
         attributes={"causal": int(causal), "window": window},
     )
     seen.outputs[0].dtype = ir.DataType.BOOL
-    settings = {"scale": 0.3, "softcap": softcap, "causal": 0}
+    settings = {"scale": 0.3, "softcap": softcap, "causal": 0, "short": int(short)}
     made = ir.node(
         ATTENTION,
         [values["query"], values["key"], values["value"], seen.outputs[0]],
@@ -50,15 +50,16 @@ def graph(*, key_heads: int, causal: bool, window: int, softcap: float, padded: 
     return ir.Model(body, ir_version=10)
 
 
+@pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     ("causal", "window", "softcap", "key_heads", "queries"),
     [(False, 0, 0.0, 4, 7), (True, 0, 0.0, 2, 7), (True, 3, 0.0, 4, 3), (True, 2, 1.5, 1, 1)],
 )
 def test_spelled_out(
-    padded: bool, causal: bool, window: int, softcap: float, key_heads: int, queries: int, tmp_path: Path
+    padded: bool, short: bool, causal: bool, window: int, softcap: float, key_heads: int, queries: int, tmp_path: Path
 ):
-    model = graph(key_heads=key_heads, causal=causal, window=window, softcap=softcap, padded=padded)
+    model = graph(key_heads=key_heads, causal=causal, window=window, softcap=softcap, padded=padded, short=short)
     found = attentions(model)
     assert [(one.heads, one.key_heads, one.head_size) for one in found] == [(HEADS, key_heads, SIZE)]
     assert spell_out(model) == 1

@@ -47,14 +47,14 @@ ENCODERS = {name: FAMILIES[name] for name in ("bert", "roberta", "distilbert", "
 
 @cache
 def opened(name: str) -> tuple[Any, Removal, list[onnxruntime.InferenceSession]]:
-    """Return the model, what the pass did, and its graph without padding, as it is and with the row filled up."""
+    """Return the model, what the pass did, and its graph without padding, as OpenVINO gets it and as ONNX Runtime."""
     torch.set_num_threads(1)
     model = make_model(ENCODERS[name])
     traced = trace(model, cache=False)
     sessions: list[onnxruntime.InferenceSession] = []
-    for whole in (True, False):
+    for layout in ({"groups": 2, "whole": True, "short": 5}, {"groups": 3}):
         graph = traced.clone()
-        report = remove_padding(graph, groups=3, whole=whole)
+        report = remove_padding(graph, **layout)
         spell_out(graph)
         path = Path(mkdtemp()) / "model.onnx"
         lookups = [node for node in graph.graph if node.op_type == "Gather" and node.inputs[0].is_initializer()]
