@@ -23,7 +23,7 @@ _GROUPS: dict[Engine, int] = {"onnxruntime": 8, "openvino": 2}
 
 _SHORT: dict[Engine, int] = {"openvino": 32}
 """Up to how many tokens attention is faster with its operators one after the other than in a kernel that does it all:
-in OpenVINO 32 in float32, with AMX about 60 in bfloat16 (MiniLM, `benchmarks/encoder.py`)."""
+in OpenVINO about 28 in float32, with AMX about 80 in bfloat16 (`benchmarks/short_texts.py`)."""
 
 _COMPILES_SHAPES: frozenset[Engine] = frozenset({"openvino"})
 """Engines that compile for each shape they meet: for MiniLM in 8 bits that takes as long as a batch of short texts."""
