@@ -1,7 +1,7 @@
 """Feed-forwards on a batch's tokens in one row, for OpenVINO.
 
 Its float32 kernel for a product with an activation behind it goes through a (batch, tokens, width) array text by text.
-For short texts that takes up to a third longer than the same product of a (batch * tokens, width) array.
+For texts of 11 tokens that takes 1.4 times as long as the same product of a (batch * tokens, width) array, for 22 1.1.
 """
 
 from __future__ import annotations
