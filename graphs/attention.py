@@ -48,7 +48,7 @@ class Attention:
         scale: of the products of queries and keys.
         softcap: their limit, 0 for none.
         causal: whether queries see no later keys, beside the mask; the first query then is as old as the first key.
-        short: whether one operator after the other is faster than a kernel that does it all.
+        short: whether one operator after the other is faster than one kernel. Ignored where heads are shared.
     """
 
     node: ir.Node

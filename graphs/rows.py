@@ -7,10 +7,16 @@ For texts of 11 tokens that takes 1.4 times as long as the same product of a (ba
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from .nodes import BROADCASTING, UNARY, Builder, constant, size
+from .products import products
+from .weights import added_bias
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +30,10 @@ class _FeedForward:
 
 def join_texts(model: ir.Model) -> int:
     """Have feed-forwards read (batch, tokens, width) as rows, in place, and return how many there were."""
+    linear = {product.node for product in products(model) if product.node.op_type == "MatMul"}
     count = 0
     for node in list(model.graph):
-        if (found := _feed_forward(node)) is not None:
+        if (found := _feed_forward(node, linear)) is not None:
             _join(found)
             count += 1
     if count:
@@ -34,9 +41,14 @@ def join_texts(model: ir.Model) -> int:
     return count
 
 
-def _feed_forward(last: ir.Node) -> _FeedForward | None:
-    """Return what ends with a product, None if it is no feed-forward or anything else reads a part of it."""
-    if not _is_linear(last):
+def _feed_forward(last: ir.Node, linear: Collection[ir.Node]) -> _FeedForward | None:
+    """Return what ends with a product, None if it is no feed-forward or anything else reads a part of it.
+
+    Args:
+        last: any node.
+        linear: those that multiply by a constant matrix.
+    """
+    if last not in linear:
         return None
     firsts: dict[ir.Node, None] = {}
     inside: dict[ir.Node, None] = {}
@@ -48,7 +60,7 @@ def _feed_forward(last: ir.Node) -> _FeedForward | None:
             return None
         if node in inside or node in firsts:
             continue
-        if _is_linear(node):
+        if node in linear:
             firsts[node] = None
         elif not node.domain and node.op_type in UNARY | BROADCASTING:
             inside[node] = None
@@ -61,26 +73,16 @@ def _feed_forward(last: ir.Node) -> _FeedForward | None:
         return None
     if any(value.is_graph_output() or not within.issuperset(value.consumers()) for value in made):
         return None
-    sizes = {_leading(node.inputs[0]) for node in firsts}
-    if len(sizes) != 1 or 1 in {each[0] for each in sizes if each is not None}:  # of one text they are rows already
+    leading = {_leading(node.inputs[0]) for node in firsts}
+    sizes = leading.pop() if len(leading) == 1 else None
+    if sizes is None or sizes[0] == 1:  # of one text they are rows already
         return None
     return _FeedForward(list(firsts), list(inside), last)
 
 
-def _is_linear(node: ir.Node) -> bool:
-    """Return whether a node multiplies (batch, tokens, width) by a constant matrix."""
-    if node.op_type != "MatMul" or node.domain:
-        return False
-    read, matrix = node.inputs
-    stored = constant(matrix)
-    if read is None or stored is None or stored.ndim != 2 or size(read, 2) is None:
-        return False
-    return _leading(read) is not None
-
-
 def _leading(value: ir.Value | None) -> tuple[int | str, ...] | None:
-    """Return the sizes, or their names, in front of the last of three axes."""
-    if value is None or value.shape is None or len(value.shape) != 3:
+    """Return the sizes of (batch, tokens), or their names, None if they or the width behind them are not known."""
+    if value is None or value.shape is None or len(value.shape) != 3 or size(value, 2) is None:
         return None
     sizes = [each if isinstance(each, int) else each.value for each in value.shape[:-1]]
     known = tuple(each for each in sizes if each is not None)
@@ -106,22 +108,15 @@ def _join(found: _FeedForward) -> None:
             width = size(read, 2)
             rows[read] = builder.op("Reshape", read, builder.constant([-1, width]), shape=["rows", width])
         node.replace_input_with(0, rows[read])
-    end = _with_bias(found.last)
-    for value in (output for node in (*found.firsts, *found.inside, found.last, end) for output in node.outputs):
+    product = found.last.outputs[0]
+    added = added_bias(product)
+    end = added[0] if added is not None and added[1].ndim == 1 and not added[0].is_graph_output() else product
+    made = [output for node in (*found.firsts, *found.inside) for output in node.outputs]
+    for value in (*made, product, end):
         value.shape = ir.Shape(["rows", size(value, -1)])
-    product, users = end.outputs[0], list(end.outputs[0].uses())
+    users = list(end.uses())
     shape = builder.op("Shape", source, start=0, end=2, dtype=ir.DataType.INT64)
-    shape = builder.op("Concat", shape, builder.constant([size(product, -1)]), axis=0)
-    apart = builder.op("Reshape", product, shape, shape=[*(source.shape or ())[:-1], size(product, -1)])
+    shape = builder.op("Concat", shape, builder.constant([size(end, -1)]), axis=0)
+    apart = builder.op("Reshape", end, shape, shape=[*(source.shape or ())[:-1], size(end, -1)])
     for user, place in users:
         user.replace_input_with(place, apart)
-
-
-def _with_bias(product: ir.Node) -> ir.Node:
-    """Return the node that adds a product's bias, the product where it has none."""
-    users = list(product.outputs[0].consumers())
-    if len(users) == 1 and users[0].op_type == "Add" and not users[0].domain:
-        others = [value for value in users[0].inputs if value is not product.outputs[0]]
-        if len(others) == 1 and _is_free(others[0]) and not users[0].outputs[0].is_graph_output():
-            return users[0]
-    return product

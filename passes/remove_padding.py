@@ -16,17 +16,8 @@ if TYPE_CHECKING:
     from ..core.graph import Engine, GraphModel
     from ..core.passes import PassContext
     from ..core.target import Target
+    from ..graphs.token_index import Layout
 
-
-_GROUPS: dict[Engine, int] = {"onnxruntime": 8, "openvino": 2}
-"""More groups pad less and have more nodes, which cost OpenVINO more: 4 of them 6 % on short texts of one length."""
-
-_SHORT: dict[Engine, int] = {"openvino": 32}
-"""Up to how many tokens attention is faster with its operators one after the other than in a kernel that does it all:
-in OpenVINO about 28 in float32, with AMX about 80 in bfloat16 (`benchmarks/short_texts.py`)."""
-
-_COMPILES_SHAPES: frozenset[Engine] = frozenset({"openvino"})
-"""Engines that compile for each shape they meet: for MiniLM in 8 bits that takes as long as a batch of short texts."""
 
 _OPERATIONS_PER_BYTE = 10
 """float32 operations that a core does in the time in which it copies a byte: 85e9 and 8e9 a second on AVX-512."""
@@ -43,6 +34,21 @@ def break_even(operations: int, moved: int) -> float:
         moved: bytes that are moved for a token.
     """
     return operations / (operations + _OPERATIONS_PER_BYTE * moved) if operations else 0.0
+
+
+def _layout(engine: Engine, groups: int | None) -> Layout:
+    """Return how texts are laid out for an engine.
+
+    More groups pad less and have more nodes, which cost OpenVINO more: 4 of them 6 % on short texts of one length. It
+    compiles for each shape that it meets: for MiniLM in 8 bits that takes as long as a batch of short texts. And its
+    kernel for attention is slower than the operators one by one up to about 28 tokens in float32, and 80 in bfloat16
+    with AMX (`benchmarks/short_texts.py`).
+    """
+    from ..graphs.token_index import Layout
+
+    if engine == "openvino":
+        return Layout(groups or 2, whole=True, short=32)
+    return Layout(groups or 8)
 
 
 class RemovePaddingParams(Params, frozen=True):
@@ -104,9 +110,7 @@ class RemovePadding(GraphPass[RemovePaddingParams]):
                 f"`{self.name}` needs a mask of tokens",
                 f"the graph's inputs are {', '.join(inputs)}, nothing is padded",
             )
-        engine = model.engine
-        groups, short = self.params.groups or _GROUPS[engine], _SHORT.get(engine, 0)
-        report = remove_padding(model.graph, groups=groups, whole=engine in _COMPILES_SHAPES, short=short)
+        report = remove_padding(model.graph, _layout(model.engine, self.params.groups))
         if not report.attentions:
             reasons = "; ".join(sorted({reason for _, reason in report.left})) or "no attention was recognized"
             return self._nothing(f"`{self.name}` finds nothing to do in {model.facts.architecture}", reasons)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from llmopt.exporters.onnx_trace import trace
 from llmopt.graphs.attention import spell_out
 from llmopt.graphs.padding import Removal, remove_padding
+from llmopt.graphs.token_index import Layout
 from llmopt.passes.remove_padding import break_even
 
 _ENCODER: dict[str, Any] = {
@@ -52,9 +53,9 @@ def opened(name: str) -> tuple[Any, Removal, list[onnxruntime.InferenceSession]]
     model = make_model(ENCODERS[name])
     traced = trace(model, cache=False)
     sessions: list[onnxruntime.InferenceSession] = []
-    for layout in ({"groups": 2, "whole": True, "short": 5}, {"groups": 3}):
+    for layout in (Layout(2, whole=True, short=5), Layout(3)):
         graph = traced.clone()
-        report = remove_padding(graph, **layout)
+        report = remove_padding(graph, layout)
         spell_out(graph)
         path = Path(mkdtemp()) / "model.onnx"
         lookups = [node for node in graph.graph if node.op_type == "Gather" and node.inputs[0].is_initializer()]

@@ -12,6 +12,7 @@ from llmopt.graphs.mask_trial import hides_padding
 from llmopt.graphs.padding import remove_padding
 from llmopt.graphs.raising import raise_attention
 from llmopt.graphs.shapes import infer_shapes
+from llmopt.graphs.token_index import Layout
 from running import PADDED, largest_difference, names, run, written
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20]>'
@@ -36,7 +37,7 @@ def test_padding_can_be_removed_from_an_exported_graph(family: str, attention: s
     assert raise_attention(model) == 2
     assert all(Mask.of(each.mask) is not None and each.scale == 0.25 for each in attentions(model))
     assert largest_difference(answers, run(model)) < 1e-5
-    report = remove_padding(model, groups=2)
+    report = remove_padding(model, Layout(2))
     assert (report.attentions, report.left) == (2, [])
     made = run(model)
     assert names(model) == before

@@ -11,6 +11,7 @@ from families import FAMILIES, make_model, make_tokenizer
 from helpers import build, recipe
 from llmopt.graphs.padding import remove_padding
 from llmopt.graphs.rows import join_texts
+from llmopt.graphs.token_index import Layout
 from running import largest_difference, names, run, written
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def test_a_fixed_size(batch: int, tokens: int):
 
 def test_without_padding_they_are_rows_already(traced: Callable[[str], ir.Model]):
     model = traced("bert")
-    assert remove_padding(model, groups=2, whole=True).attentions == 2
+    assert remove_padding(model, Layout(2, whole=True, short=32)).attentions == 2
     assert join_texts(model) == 0
 
 
